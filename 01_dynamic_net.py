@@ -1,0 +1,531 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision", "numpy"]
+# ///
+"""Chapter 1: the dynamic network (paper, section 4.3).
+
+One set of weights holds a huge number of networks. A *student* is a short tuple of choices, its genotype: how deep each
+stage is, how wide (or with which kernels), how far each block expands. The student's weights are the leading slice of
+the shared ones, so a student costs nothing to make. This chapter builds both networks of the paper, counts their
+students exactly, prices any student in parameters and MACs, and shows that a slice computes what a standalone network
+of its sizes computes.
+
+    python 01_dynamic_net.py --dataset toy                     # the tiny network, a few seconds
+    python 01_dynamic_net.py --dataset cifar10 --net mbv3      # the paper's Dyn-MobileNetV3
+
+reads   nothing (of a folder given to --dataset, the names of its classes)
+writes  01_dynamic_net.pt   the shared weights, drawn at random: what chapter 2 trains
+        01_students.csv     a row per student of the table: its genes, parameters and MACs
+"""
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import io
+import os
+import random
+import shlex
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+STAGE = {  # flag: (paper, quick, tiny, help)
+    "students": (5, 5, 5, "random students in the table"),
+}
+
+
+# ---- The lesson: a network that contains networks --------------------------------------------------------------------
+def count_students(net: Net) -> int:
+    """How many different students the network holds, exactly (section 4.3; the paper's estimate is 2e19 for both).
+
+    The genes of a block that is switched off do not count: a stage of n active blocks has (choices per block)^n forms.
+    """
+    per_block = len(net.expand) * max(1, len(net.kernel))
+    total = 2 * len(net.width) ** (2 + len(net.stages)) if net.width else 1  # the stem's depth; widths of m, s, stages
+    for _, base_depth, *_ in net.stages:
+        total *= sum(per_block ** (base_depth + depth) for depth in net.depth)
+    return total
+
+
+def init_weights(net: Net) -> dict[str, Tensor]:
+    """Shared weights at random: He et al. (2015) for convolutions, identities for batch norm and kernel transforms."""
+    shared = {}
+    for name, shape in shapes(net).items():
+        if name.endswith("conv.weight"):
+            fan_out = shape[2] * shape[3] * (1 if shape[1] == 1 else shape[0])  # one input channel: depthwise
+            shared[name] = torch.randn(shape) * (2 / fan_out) ** 0.5
+        elif name.endswith("bias"):
+            shared[name] = torch.zeros(shape)
+        else:
+            shared[name] = torch.eye(shape[0]) if len(shape) == 2 else torch.ones(shape)
+    shared["classifier.conv.weight"] *= 0.1  # start near the uniform answer
+    return shared
+
+
+def difference_from_standalone(shared: dict[str, Tensor], blocks: tuple) -> float:
+    """Largest difference between the logits of a slice and those of a network of plain layers that copied it."""
+    x = torch.rand(8, 3, 32, 32)
+    weights = slice_weights(shared, blocks)
+    stats = {layer.name: (0.1 * torch.randn(layer.out), 0.5 + torch.rand(layer.out)) for layer in layers(blocks)}
+    standalone = Standalone(blocks, weights, stats).eval()
+    with torch.no_grad():
+        return (forward(weights, blocks, x, stats) - standalone(x)).abs().max().item()
+
+
+# ---- The dynamic network: genes -> layers -> a slice of the shared weights -> logits ---------------------------------
+# A dynamic network: channels of the stem; stages (width, base depth, stride[, activation, squeeze-and-excitation]); the
+# choices of each kind of gene, smallest first. Dyn-ResNet50 has width genes, Dyn-MobileNetV3 kernel genes and a head.
+Net = namedtuple("Net", "stem stages depth expand width kernel head stem_stride classes", defaults=((), (), (), 1, 10))
+# A convolution (a linear layer is a 1x1 one), what follows it (BN, BIAS or nothing: these weights) and its activation.
+BN = ("bn.weight", "bn.bias")
+BIAS = ("conv.bias",)
+Layer = namedtuple("Layer", "name inp out kernel stride groups tail act", defaults=(1, 1, 1, BN, "relu"))
+# act(main(x) + shortcut(x)): shortcut None is none, () the identity. The gate, squeeze-and-excitation, scales what the
+# last layer of main reads. pool: global average pooling first.
+Block = namedtuple("Block", "main shortcut gate act pool", defaults=(None, (), "none", False))
+NETWORKS = {  # sections 4.3 and 5.0.1; "tiny" is of the same construction, for laptops and tests
+    ("resnet50", "paper"): Net(stem=64, stages=((256, 2, 1), (512, 2, 2), (1024, 4, 2), (2048, 2, 2)),
+                               depth=(0, 1, 2), width=(0.65, 0.8, 1.0), expand=(0.2, 0.25, 0.35)),
+    ("resnet50", "tiny"): Net(stem=16, stages=((64, 1, 2), (128, 1, 2)), depth=(0, 1), width=(0.5, 0.75, 1.0),
+                              expand=(0.25, 0.375, 0.5), stem_stride=2),
+    ("mbv3", "paper"): Net(
+        stem=16, stages=((24, 0, 1, "relu", False), (40, 0, 2, "relu", True), (80, 0, 2, "hswish", False),
+                         (112, 0, 1, "hswish", True), (160, 0, 2, "hswish", True)),
+        depth=(2, 3, 4), kernel=(3, 5, 7), expand=(3, 4, 6), head=(960, 1280)),
+    ("mbv3", "tiny"): Net(stem=16, stages=((24, 0, 2, "relu", False), (40, 0, 2, "hswish", True)), depth=(1, 2),
+                          kernel=(3, 5), expand=(2, 3, 4), head=(128, 128), stem_stride=2),
+}
+ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu_, "hswish": F.hardswish, "hsigmoid": F.hardsigmoid}
+
+
+def divisible(channels: float) -> int:
+    """The nearest multiple of 8 that is at least 8 and not below 90% of `channels`."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
+
+
+@functools.lru_cache(maxsize=None)
+def genes(net: Net) -> dict[str, tuple]:
+    """{gene: its choices} in the order of a genotype. `expand_2_3` belongs to the third block of the second stage."""
+    stages = range(1, len(net.stages) + 1)
+    slots = [f"{s}_{b}" for s in stages for b in range(1, net.stages[s - 1][1] + net.depth[-1] + 1)]
+    space = {"depth_stem": (net.depth[0], net.depth[-1])} if net.width else {}
+    space |= {f"depth_{s}": net.depth for s in stages}
+    space |= {f"width_{part}": net.width for part in ("mid", "stem", *stages) if net.width}
+    space |= {f"kernel_{slot}": net.kernel for slot in slots if net.kernel}
+    return space | {f"expand_{slot}": net.expand for slot in slots}
+
+
+def canonical(net: Net, student: tuple) -> tuple:
+    """The one genotype of a student: genes of blocks that its depth genes switch off are 0."""
+    value = dict(zip(genes(net), student))
+    active = {str(s): stage[1] + value[f"depth_{s}"] for s, stage in enumerate(net.stages, 1)}
+    parts = (name.split("_") for name in value)
+    return tuple(0 if len(part) == 3 and int(part[2]) > active[part[1]] else gene
+                 for part, gene in zip(parts, student))
+
+
+def student_at(net: Net, place: int) -> tuple:
+    """The student with every gene at this place of its choices: -1 is the largest, the teacher; 0 the smallest."""
+    return canonical(net, tuple(choices[place] for choices in genes(net).values()))
+
+
+def sample(net: Net, rng: random.Random, kinds: tuple = ("depth", "width", "kernel", "expand")) -> tuple:
+    """A student whose genes of these kinds are drawn uniformly, the others being the largest."""
+    return canonical(net, tuple(rng.choice(choices) if name.split("_")[0] in kinds else choices[-1]
+                                for name, choices in genes(net).items()))
+
+
+def bottleneck(name: str, inp: int, out: int, expand: float, stride: int) -> Block:
+    """ResNet's block: 1x1 down, 3x3, 1x1 up; the first block of a stage pools and projects its shortcut."""
+    middle = divisible(round(out * expand))
+    main = (Layer(f"{name}_reduce", inp, middle), Layer(f"{name}_middle", middle, middle, 3, stride),
+            Layer(f"{name}_last", middle, out, act="none"))
+    shortcut = (Layer(f"{name}_shortcut", inp, out, act="none"),) if name.endswith("_1") else ()
+    return Block(main, shortcut, act="relu")
+
+
+def inverted_bottleneck(name: str, inp: int, out: int, kernel: int, expand: int, stride: int, act: str, gated: bool):
+    """MobileNet's block: 1x1 up, depthwise, gate, 1x1 down; the shortcut is there where the shape is kept."""
+    middle = divisible(round(inp * expand))
+    squeezed = divisible(middle // 4)
+    main = (Layer(f"{name}_reduce", inp, middle, act=act),
+            Layer(f"{name}_middle", middle, middle, kernel, stride, groups=middle, act=act),
+            Layer(f"{name}_last", middle, out, act="none"))
+    gate = (Layer(f"{name}_squeeze", middle, squeezed, tail=BIAS),
+            Layer(f"{name}_excite", squeezed, middle, tail=BIAS, act="hsigmoid"))
+    return Block(main[expand == 1:], () if stride == 1 and inp == out else None, gate if gated else ())
+
+
+def blocks_of(net: Net, student: tuple) -> tuple[Block, ...]:
+    """The student's network, from the input image to the logits."""
+    gene = dict(zip(genes(net), student))
+    if net.width:
+        inp = divisible(net.stem * gene["width_stem"])
+        middle = divisible(divisible(net.stem * gene["width_mid"]) // 2)
+        blocks = [Block((Layer("stem_1", 3, middle, 3, net.stem_stride),)),
+                  Block((Layer("stem_2", middle, middle, 3),), shortcut=()), Block((Layer("stem_3", middle, inp, 3),))]
+        if gene["depth_stem"] < net.depth[-1]:
+            del blocks[1]
+    else:
+        inp = net.stem
+        blocks = [Block((Layer("stem", 3, inp, 3, net.stem_stride, act="hswish"),)),
+                  inverted_bottleneck("0_1", inp, inp, 3, 1, 1, "relu", False)]
+    for s, (width, base_depth, stride, *act_and_gate) in enumerate(net.stages, 1):
+        out = divisible(width * gene[f"width_{s}"]) if net.width else width
+        for b in range(1, base_depth + gene[f"depth_{s}"] + 1):
+            expand, step = gene[f"expand_{s}_{b}"], stride if b == 1 else 1
+            blocks.append(bottleneck(f"{s}_{b}", inp, out, expand, step) if net.width else inverted_bottleneck(
+                f"{s}_{b}", inp, out, gene[f"kernel_{s}_{b}"], expand, step, *act_and_gate))
+            inp = out
+    if net.head:
+        blocks += [Block((Layer("head_1", inp, net.head[0], act="hswish"),)),
+                   Block((Layer("head_2", *net.head, tail=(), act="hswish"),), pool=True)]
+        inp = net.head[1]
+    return (*blocks, Block((Layer("classifier", inp, net.classes, tail=BIAS, act="none"),), pool=True))
+
+
+def layers(blocks: tuple) -> list[Layer]:
+    """All layers of a network."""
+    return [layer for block in blocks for layer in (*block.main, *block.gate, *(block.shortcut or ()))]
+
+
+def shapes(net: Net) -> dict[str, tuple]:
+    """Name and shape of every shared weight: those of the largest student, and the kernel transforms."""
+    shape = {}
+    for layer in layers(blocks_of(net, student_at(net, -1))):
+        shape[f"{layer.name}.conv.weight"] = (layer.out, layer.inp // layer.groups, layer.kernel, layer.kernel)
+        shape |= {f"{layer.name}.{part}": (layer.out,) for part in layer.tail}
+        if layer.groups > 1:
+            shape |= {f"{layer.name}.to{k}": (k * k, k * k) for k in net.kernel if k < layer.kernel}
+    return shape
+
+
+def slice_weights(shared: dict[str, Tensor], blocks: tuple) -> dict[str, Tensor]:
+    """A student's weights: the leading channels of the shared ones, and the transformed centres of the kernels."""
+    weights = {}
+    for layer in layers(blocks):
+        weight = shared[f"{layer.name}.conv.weight"][:layer.out, :layer.inp // layer.groups]
+        while weight.shape[-1] > layer.kernel:  # 7x7 -> 5x5 -> 3x3, each by the layer's own learned matrix
+            k = weight.shape[-1] - 2
+            centre = weight[:, :, 1:-1, 1:-1].reshape(-1, k * k)
+            weight = (centre @ shared[f"{layer.name}.to{k}"]).view(layer.out, 1, k, k)
+        weights[f"{layer.name}.conv.weight"] = weight.contiguous(memory_format=torch.channels_last)
+        weights |= {f"{layer.name}.{part}": shared[f"{layer.name}.{part}"][:layer.out] for part in layer.tail}
+    return weights
+
+
+def walk(blocks: tuple, x: Tensor, run) -> Tensor:
+    """x (B, 3, H, W) -> logits (B, classes); run(layer, x) computes one layer."""
+    for block in blocks:
+        y = x = x.mean((2, 3), keepdim=True) if block.pool else x
+        for layer in block.main[:-1]:
+            y = run(layer, y)
+        if block.gate:
+            squeeze, excite = block.gate
+            y = y * run(excite, run(squeeze, y.mean((2, 3), keepdim=True)))
+        y = run(block.main[-1], y)
+        if block.shortcut:
+            x = run(block.shortcut[0], F.avg_pool2d(x, x.shape[-1] // y.shape[-1]))
+        x = ACTIVATIONS[block.act](y if block.shortcut is None else y + x)
+    return x.flatten(1)
+
+
+def forward(weights: dict, blocks: tuple, x: Tensor, stats: dict | None = None, momentum: float = 0.0) -> Tensor:
+    """Logits (B, classes) of a student for images x (B, 3, 32, 32) in [0, 1].
+
+    Without `stats`, {layer: (mean, var)}, each batch norm uses its batch's statistics, as in training; with them these,
+    frozen; with a momentum too, its batch's again, while `stats` are updated in place (calibration).
+    """
+    def run(layer, x):
+        conv, bn = f"{layer.name}.conv", f"{layer.name}.bn"
+        x = F.conv2d(x, weights[f"{conv}.weight"], weights.get(f"{conv}.bias"), layer.stride, layer.kernel // 2, 1,
+                     layer.groups)
+        if layer.tail == BN:
+            mean, var = stats[layer.name] if stats else (None, None)
+            x = F.batch_norm(x, mean, var, weights[f"{bn}.weight"], weights[f"{bn}.bias"], not stats or momentum > 0,
+                             momentum)
+        return ACTIVATIONS[layer.act](x)
+    return walk(blocks, x.contiguous(memory_format=torch.channels_last), run)
+
+
+@functools.lru_cache(maxsize=100000)
+def cost(net: Net, student: tuple) -> tuple[int, int]:
+    """(parameters, MACs of one 3x32x32 image) of a student; batch norm and activations are not counted as MACs."""
+    params = macs = 0
+    side = 32  # of the map, in pixels
+    for block in blocks_of(net, student):
+        side = 1 if block.pool else side
+        for layer in (*block.main, *block.gate, *(block.shortcut or ())):
+            weight = layer.out * layer.inp // layer.groups * layer.kernel ** 2
+            side //= layer.stride
+            macs += weight * (1 if layer in block.gate else side ** 2)
+            params += weight + len(layer.tail) * layer.out
+    return params, macs
+
+
+class Standalone(nn.Module):
+    """A student as an ordinary network of nn.Conv2d and nn.BatchNorm2d; its state dict is the slice and its stats."""
+
+    def __init__(self, blocks: tuple, weights: dict[str, Tensor], stats: dict):
+        super().__init__()
+        self.blocks, state = blocks, dict(weights)
+        for layer in layers(blocks):
+            part = nn.Sequential()
+            part.conv = nn.Conv2d(layer.inp, layer.out, layer.kernel, layer.stride, layer.kernel // 2, 1, layer.groups,
+                                  layer.tail == BIAS)
+            if layer.tail == BN:
+                part.bn = nn.BatchNorm2d(layer.out)
+                state[f"{layer.name}.bn.running_mean"], state[f"{layer.name}.bn.running_var"] = stats[layer.name]
+            self.add_module(layer.name, part)
+        self.load_state_dict(state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return walk(self.blocks, x, lambda layer, x: ACTIVATIONS[layer.act](self.get_submodule(layer.name)(x)))
+
+
+# ---- Data: every image is decoded once, and lives on the device as uint8 ---------------------------------------------
+def data_file(args) -> Path:
+    """The cache of --dataset's images, which chapter 1 writes; a folder's changes with the files in it."""
+    if args.dataset in ("cifar10", "cifar100", "toy"):
+        return args.data_dir / (f"toy-{args.seed}.pt" if args.dataset == "toy" else f"{args.dataset}.pt")
+    found = [(str(folder.resolve()), folder.stat().st_mtime_ns) for folder in sorted(Path(args.dataset).glob("t*/*"))]
+    return args.data_dir / f"{args.name}-{hashlib.sha256(repr(found).encode()).hexdigest()[:12]}.pt"
+
+
+def load_data(args) -> dict[str, Tensor]:
+    """{train, held_out, test}, uint8 (N, 3, 32, 32), and {train, held_out, test}_labels, (N,), on --device; held_out is
+    a tenth of the training images. Sets the number of classes in args.net and the settings."""
+    content = load(need(args, data_file(args), "01_dynamic_net.py"), {})
+    args.net = args.net._replace(classes=content["classes"])
+    args.common["classes"] = args.settings["classes"] = content["classes"]
+    return {name: part.to(args.device) for name, part in content.items() if torch.is_tensor(part)}
+
+
+# ---- Files: the only thing that chapters share -----------------------------------------------------------------------
+def fail(message: str):
+    """One line on stderr, exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def write(path: Path, content):
+    """Write a checkpoint (a dict) or a table (a list of rows): the whole file, or none; exits if it cannot."""
+    buffer = io.BytesIO()
+    if isinstance(content, dict):
+        torch.save(content, buffer)
+    else:
+        lines = [max(content, key=len)] + [[row.get(column, "") for column in max(content, key=len)] for row in content]
+        buffer.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        fail(f"{path} could not be written: {error.strerror}")
+
+
+def load(path: Path, settings: dict, net: Net | None = None) -> dict:
+    """Read a checkpoint; exits if it is damaged, of other settings, or its weights are not those of `net`."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        made_with = content["settings"]
+        found = {name: tuple(weight.shape) for name, weight in content["weights"].items()} if net else None
+    except Exception as error:  # torch.load raises many kinds
+        fail(f"{path} is cut short or not one of our files ({type(error).__name__}): delete it to have it made anew")
+    other = [f"{name} {made_with.get(name)}, not {value}" for name, value in settings.items()
+             if made_with.get(name) != value]
+    if other:
+        fail(f"{path} was made with {'; '.join(other)}: take another --out, or make it anew with --restart")
+    if net and found != shapes(net):
+        fail(f"{path} does not hold the weights of this network: delete it to have it made anew")
+    return content
+
+
+# ---- Flags and progress ----------------------------------------------------------------------------------------------
+def read_flags(stage: dict, **others: dict) -> argparse.Namespace:
+    """The flags common to all chapters, the numbers of this one's `stage`, and other flags with their settings."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("--dataset", default="cifar10", metavar="cifar10|cifar100|toy|PATH",
+                        help="PATH: a folder with train/<class>/* and test/<class>/* images")
+    parser.add_argument("--net", default="resnet50", choices=("resnet50", "mbv3"))
+    parser.add_argument("--preset", choices=("paper", "quick", "tiny"), help="default: paper, for toy tiny")
+    parser.add_argument("--out", type=Path, help="folder of all chapters' files (default: runs/<dataset>-<net>)")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of the cached images")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    parser.add_argument("--restart", action="store_true", help="start this chapter over")
+    for name, (paper, quick, tiny, text) in stage.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=type(paper),
+                            help=f"{text} (presets: paper {paper:g}, quick {quick:g}, tiny {tiny:g})")
+    for name, settings in others.items():
+        parser.add_argument("--" + name.replace("_", "-"), **settings)
+    args = parser.parse_args()
+    args.given = [f"--{name.replace('_', '-')}={getattr(args, name)}"
+                  for name in ("dataset", "net", "preset", "out", "data_dir", "seed", "device")
+                  if getattr(args, name) != parser.get_default(name)]
+    args.preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
+    for name, values in stage.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[("paper", "quick", "tiny").index(args.preset)])
+        if not 0 < getattr(args, name) < float("inf"):
+            fail(f"--{name.replace('_', '-')} must be above 0")
+    if not 0 <= args.seed <= 10 ** 6:
+        fail("--seed must be between 0 and a million")
+    args.name = Path(args.dataset).resolve().name
+    args.out = args.out or Path("runs", f"{args.name}-{args.net}")
+    args.common = {"dataset": args.name, "net": args.net, "preset": args.preset}
+    args.settings = {**args.common, "seed": args.seed, **{name: getattr(args, name) for name in (*stage, *others)}}
+    args.net = NETWORKS[args.net, "tiny" if args.preset == "tiny" else "paper"]
+    try:
+        args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError):
+        fail(f"--device {args.device}: there is no such device here; --device cpu always works")
+    return args
+
+
+def need(args, path: Path, script: str, *words: str) -> Path:
+    """The path of another chapter's file; if it is missing, that chapter runs first, with the same common flags."""
+    if not path.exists():
+        print(f"{path} is missing: running {script}\n", flush=True)
+        if subprocess.run([sys.executable, Path(__file__).with_name(script), *args.given, *words]).returncode:
+            raise SystemExit(2)  # it has said why
+    return path
+
+
+def finish(args, rows: list[dict], wrote: list, following: str):
+    """A table of aligned columns, what was written, and the command that comes next."""
+    lines = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    for line in [list(rows[0]), *lines] if rows else []:
+        print("".join(cell.rjust(2 + max(map(len, column))) for cell, *column in zip(line, rows[0], *lines)))
+    print("wrote", *wrote)
+    if following:
+        print("next: python", following, shlex.join(args.given))
+
+
+# ---- The images: read once, for all chapters -------------------------------------------------------------------------
+def toy_images(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """`count` pictures of stripes and their labels: 3 orientations x 3 frequencies, and a checkerboard.
+
+    Phase, colours, contrast and noise are random, so no pixel tells the class (a linear classifier fails), flips and
+    crops keep it, and the contrast is such that an attack of 8/255 overturns some images and not others.
+    """
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 10, count)
+    tilt = np.choose(labels % 3, [np.zeros(count), np.full(count, np.pi / 2), rng.choice([-1, 1], count) * np.pi / 4])
+    frequency = 2 * np.pi / np.array([16, 8, 4.5])[labels // 3 % 3]  # radians per pixel
+    y, x = np.mgrid[:32, :32]
+    phase = rng.uniform(0, 2 * np.pi, (2, count, 1, 1))
+    along = np.cos(tilt)[:, None, None] * x + np.sin(tilt)[:, None, None] * y  # (N, 32, 32)
+    checks = np.sign(np.sin(np.pi / 4 * x + phase[0]) * np.sin(np.pi / 4 * y + phase[1]))
+    wave = np.where(labels[:, None, None] == 9, checks, np.sin(frequency[:, None, None] * along + phase[0]))
+    colour = rng.normal(0, 1, (count, 3, 1, 1))
+    colour *= rng.uniform(0.12, 0.42, (count, 1, 1, 1)) / np.abs(colour).max(1, keepdims=True)
+    images = rng.uniform(0.3, 0.7, (count, 3, 1, 1)) + colour * wave[:, None] + rng.normal(0, 0.04, (count, 3, 32, 32))
+    return torch.from_numpy((images.clip(0, 1) * 255).astype(np.uint8)), torch.from_numpy(labels)
+
+
+def cifar_images(args, train: bool) -> tuple[Tensor, Tensor]:
+    """CIFAR-10 or CIFAR-100 through torchvision, which downloads and checks it; exits if that fails."""
+    import torchvision
+    source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[args.dataset]
+    try:
+        images = source(args.data_dir, train=train, download=True)
+    except (OSError, RuntimeError) as error:
+        fail(f"{args.dataset} could not be downloaded ({type(error).__name__}): offline, put {source.filename} into "
+             f"{args.data_dir}, or take --dataset toy or a folder of images")
+    return torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(images.targets)
+
+
+def folder_images(folder: Path) -> tuple[Tensor, Tensor, list]:
+    """The images of folder/<class>/*, resized to 32x32; exits if a class is empty or an image does not decode."""
+    from torchvision.datasets import ImageFolder
+    try:
+        files = ImageFolder(folder)
+    except FileNotFoundError as error:  # no class, or an empty one
+        fail(f"{folder}: {str(error).splitlines()[0]}")
+    images = np.empty((len(files), 32, 32, 3), np.uint8)
+    for i, (path, _) in enumerate(files.samples):
+        try:
+            images[i] = np.asarray(files.loader(path).resize((32, 32)))
+        except Exception as error:  # whatever the decoder raises, the user needs the file's name
+            fail(f"{path} does not decode ({type(error).__name__}): repair or remove it")
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(files.targets), files.classes
+
+
+def read_images(args):
+    """Decode the images of --dataset into data_file(args), where every chapter finds them."""
+    print(f"reading the images of {args.dataset} (once, into {data_file(args)})", flush=True)
+    if args.dataset == "toy":
+        train, test = toy_images(2400, 2 * args.seed), toy_images(500, 2 * args.seed + 1)
+    elif args.dataset in ("cifar10", "cifar100"):
+        train, test = cifar_images(args, True), cifar_images(args, False)
+    else:
+        missing = [part for part in ("train", "test") if not Path(args.dataset, part).is_dir()]
+        if missing:
+            fail(f"--dataset {args.dataset}: not cifar10, cifar100 or toy, nor a folder with train/ and test/ "
+                 f"({' and '.join(missing)} missing)")
+        *train, train_classes = folder_images(Path(args.dataset, "train"))
+        *test, test_classes = folder_images(Path(args.dataset, "test"))
+        if train_classes != test_classes:
+            fail(f"{args.dataset}: train/ and test/ differ in {sorted(set(train_classes) ^ set(test_classes))}")
+    order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(0))
+    split = {"held_out": order[:len(order) // 10], "train": order[len(order) // 10:]}  # the same for every seed
+    write(data_file(args), {
+        "settings": {}, "classes": int(train[1].max()) + 1, "test": test[0], "test_labels": test[1],
+        **{name: train[0][pick] for name, pick in split.items()},
+        **{f"{name}_labels": train[1][pick] for name, pick in split.items()}})
+
+
+# ---- The chapter -----------------------------------------------------------------------------------------------------
+def main():
+    args = read_flags(STAGE)
+    if not data_file(args).exists():
+        read_images(args)
+    load_data(args)  # sets the number of classes
+    checkpoint = args.out / "01_dynamic_net.pt"
+    if checkpoint.exists() and not args.restart:
+        load(checkpoint, args.settings, args.net)
+        return finish(args, [], [f"{checkpoint} earlier (--restart makes it anew)"], "02_teacher_trades.py")
+
+    net = args.net
+    torch.manual_seed(args.seed)
+    shared = init_weights(net)
+    rng = random.Random(args.seed)
+    students = {"largest": student_at(net, -1), "smallest": student_at(net, 0), "middle": student_at(net, 1)}
+    if 0.25 in net.expand and net.width:  # the sizes of the usual ResNet-50, or their like in the tiny network
+        usual = {"depth": net.depth[len(net.depth) // 2], "width": 1.0, "expand": 0.25}
+        picks = {name: usual[name.split("_")[0]] for name in genes(net)} | {"depth_stem": net.depth[0]}
+        students["ResNet-50-like"] = canonical(net, tuple(picks.values()))
+    students |= {f"random {i}": sample(net, rng) for i in range(1, args.students + 1)}
+
+    print(f"{args.common['net']} for {net.classes} classes: {len(genes(net))} genes, {count_students(net):,} students")
+    shown, rows = [], []
+    for name, student in students.items():
+        params, macs = cost(net, student)
+        difference = difference_from_standalone(shared, blocks_of(net, student))
+        shown.append({"student": name, "params (M)": params / 1e6, "MACs (M)": macs / 1e6,
+                      "slice against standalone": f"{difference:.0e}"})
+        rows.append({**dict(zip(genes(net), student)), "params": params, "macs": macs})
+    write(args.out / "01_students.csv", rows)
+    write(checkpoint, {"settings": args.settings, "weights": shared})
+    print("the last column: how far logits are from those of a network of plain layers that copied the slice")
+    finish(args, shown, [checkpoint, args.out / "01_students.csv"], "02_teacher_trades.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,569 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision", "numpy"]
+# ///
+"""Chapter 4: the accuracy-robustness predictor (paper, sections 4.5 and 5.2).
+
+A search needs the accuracy and the robustness of thousands of students, and PGD is far too slow to ask each. So some
+students are measured, one after another, and a small fully-connected network learns to predict both numbers from the
+genotype alone. Its error means something only beside two others: how much students differ at all, and how far the
+number measured for one student moves when other images are taken.
+
+    python 04_predictor.py --dataset toy                            # runs the chapters before it where needed
+    python 04_predictor.py --dataset cifar10 --sampling random      # students of the random-sampling baseline
+
+reads   03_progressive.pt    the shared weights (03_random.pt with --sampling random; made first if missing)
+writes  04_students.csv      a row per measured student, written at once: genes, natural and robust accuracy,
+                             and both on the first half of the images alone (with --sampling random, all names
+        04_predictions.csv   measured and predicted accuracy of the held-out students              end in _random)
+        04_predictor.pt      the predictor; delete it to train another on the same students
+"""
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import hashlib
+import io
+import os
+import random
+import shlex
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+STAGE = {  # flag: (paper, quick, tiny, help)
+    "students": (2000, 300, 40, "students to measure; paper: 2000 (section 5.2)"),
+    "test_students": (300, 60, 10, "of them held out to test the predictor; paper: 300 (section 5.2)"),
+    "images": (1000, 1000, 200, "held-out training images per student, an even number; not in the paper"),
+    "eps": (8.0, 8.0, 8.0, "largest change of a pixel, in 1/255; paper: 0.031 = 8/255 (section 5.0.2)"),
+    "step_size": (1.81, 1.81, 1.81, "of the attack, in 1/255; paper: 0.0071 = 1.81/255 (section 5.0.2)"),
+    "steps": (20, 20, 10, "of the attack; paper: 20 (section 5.0.2)"),
+    "calibration_images": (2000, 2000, 500, "training images for batch-norm statistics; released code: 2000 to 4000"),
+    "epochs": (30, 30, 30, "epochs of the predictor; paper: 30 (section 5.2)"),
+    "predictor_lr": (1e-3, 1e-3, 1e-3, "of Adam; 1e-3 in the released code"),
+    "hidden_layers": (6, 6, 3, "of the predictor; 6 in the released code"),
+    "hidden_width": (400, 400, 100, "of each; 400 in the released code"),
+}
+
+
+# ---- The lesson: measure some students, predict the others -----------------------------------------------------------
+MEASURED = ("natural", "robust", "natural_half", "robust_half")  # columns of 04_students.csv behind the genes
+PREDICTOR_FLAGS = ("test_students", "epochs", "predictor_lr", "hidden_layers", "hidden_width")
+
+
+def draw_students(net: Net, count: int, seed: int) -> list[tuple]:
+    """`count` distinct students, each gene drawn uniformly; exits if the network does not hold so many."""
+    rng = random.Random(seed)
+    students = {}
+    for _ in range(100 * count):
+        students[sample(net, rng)] = None
+        if len(students) == count:
+            return list(students)
+    fail(f"--students {count}: this network does not hold so many different students")
+
+
+def measure(args, shared: dict[str, Tensor], students: list[tuple], data: dict, path: Path) -> list[dict]:
+    """Natural and robust accuracy of each student on held-out training images; every row is written at once."""
+    rows = read_students(path, args.net, students) if path.exists() and not args.restart else []
+    if 0 < len(rows) < len(students):
+        print(f"continuing {path} at student {len(rows) + 1}", flush=True)
+    images, labels = data["held_out"][:args.images], data["held_out_labels"][:args.images]
+    progress = Progress(len(students), "students", len(rows))
+    for student in students[len(rows):]:
+        predict = calibrated(shared, args.net, student, data["train"][:args.calibration_images])
+        natural, robust = judge(predict, images, labels, args.eps / 255, args.step_size / 255, args.steps)
+        whole, half = ([right.float().mean().item() for right in (natural[:n], robust[:n])]
+                       for n in (len(images), len(images) // 2))
+        rows.append({**dict(zip(genes(args.net), student)), **dict(zip(MEASURED, (*whole, *half)))})
+        write(path, rows)
+        progress(len(rows), lambda: f"natural {whole[0]:.3f}, robust {whole[1]:.3f}")
+    return rows
+
+
+def train_predictor(args, students: list[tuple], labels: Tensor) -> dict:
+    """Fit the MLP to labels (N, 2) of students by mean squared error; returns {"layers", "mean", "scale"}."""
+    torch.manual_seed(args.seed)
+    features = one_hot(args.net, students)
+    mean, scale = labels.mean(0), labels.std(0).clamp(min=1e-4)  # both targets at the same scale
+    widths = [features.shape[1], *[args.hidden_width] * args.hidden_layers, 2]
+    layers = [(torch.randn(inp, out) * (2 / inp) ** 0.5, torch.zeros(out)) for inp, out in zip(widths, widths[1:])]
+    layers[-1][0].zero_()  # before training it answers the mean
+    optimizer = torch.optim.Adam([part.requires_grad_() for layer in layers for part in layer], lr=args.predictor_lr)
+    for _ in range(args.epochs):
+        for pick in torch.randperm(len(students)).split(16):
+            loss = F.mse_loss(mlp(layers, features[pick]), (labels[pick] - mean) / scale)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return {"layers": [tuple(part.detach() for part in layer) for layer in layers], "mean": mean, "scale": scale}
+
+
+def report(labels: Tensor, halves: Tensor, predicted: Tensor) -> list[dict]:
+    """What an RMSE means: a row per target, from labels (N, 2), those on half the images, and test predictions (T, 2).
+
+    Two labels from other images are compared without measuring twice: the halves are disjoint, their difference has
+    twice the variance of that between two labels of all images each.
+    """
+    error = (predicted - labels[-len(predicted):]).square().mean(0).sqrt()
+    moved = (2 * labels - 2 * halves) / 2 ** 0.5  # second half - first half = 2 (whole - first half)
+    return [{"target": ("natural", "robust")[i], "RMSE": error[i].item(), "paper": (0.0076, 0.0072)[i],
+             "students' mean": labels[:, i].mean().item(), "students' sd": labels[:, i].std().item(),
+             "moves on other images": moved[:, i].square().mean().sqrt().item(),
+             "of that not shared": moved[:, i].std().item()} for i in range(2)]
+
+
+def read_students(path: Path, net: Net, students: list[tuple]) -> list[dict]:
+    """Rows of measured students; exits unless they are the first of `students`, whole, and plausible numbers."""
+    lines = path.read_text(errors="replace").split("\n")
+    header, place = [*genes(net), *MEASURED], f"{path}: repair or delete it;"
+    missing = set(header) - set(lines[0].split(","))
+    if lines[0].split(",") != header:
+        fail(f"{place} its columns are not this network's" + (f", {sorted(missing)[0]} is missing" if missing else ""))
+    if lines[-1] or len(lines) - 2 > len(students):
+        fail(f"{place} " + ("its last row is cut short" if lines[-1] else f"it has more than {len(students)} students"))
+    rows = []
+    for number, (line, student) in enumerate(zip(lines[1:-1], students), 2):
+        try:
+            values = [float(word) for word in line.split(",")]
+        except ValueError as error:
+            fail(f"{place} line {number}: {error}")
+        if len(values) != len(header) or not all(0 <= value <= 1 for value in values[len(student):]):
+            fail(f"{place} line {number} does not hold {len(header)} numbers, accuracies between 0 and 1")
+        for (gene, choices), value, drawn in zip(genes(net).items(), values, student):
+            if value != drawn:
+                fail(f"{place} line {number}: {gene} is {value:g}, " + ("another student than --seed draws" if value in
+                     (0, *choices) else f"not one of {choices}"))
+        rows.append(dict(zip(header, (*student, *values[len(student):]))))
+    return rows
+
+
+# ---- The dynamic network: genes -> layers -> a slice of the shared weights -> logits ---------------------------------
+# A dynamic network: channels of the stem; stages (width, base depth, stride[, activation, squeeze-and-excitation]); the
+# choices of each kind of gene, smallest first. Dyn-ResNet50 has width genes, Dyn-MobileNetV3 kernel genes and a head.
+Net = namedtuple("Net", "stem stages depth expand width kernel head stem_stride classes", defaults=((), (), (), 1, 10))
+# A convolution (a linear layer is a 1x1 one), what follows it (BN, BIAS or nothing: these weights) and its activation.
+BN = ("bn.weight", "bn.bias")
+BIAS = ("conv.bias",)
+Layer = namedtuple("Layer", "name inp out kernel stride groups tail act", defaults=(1, 1, 1, BN, "relu"))
+# act(main(x) + shortcut(x)): shortcut None is none, () the identity. The gate, squeeze-and-excitation, scales what the
+# last layer of main reads. pool: global average pooling first.
+Block = namedtuple("Block", "main shortcut gate act pool", defaults=(None, (), "none", False))
+NETWORKS = {  # sections 4.3 and 5.0.1; "tiny" is of the same construction, for laptops and tests
+    ("resnet50", "paper"): Net(stem=64, stages=((256, 2, 1), (512, 2, 2), (1024, 4, 2), (2048, 2, 2)),
+                               depth=(0, 1, 2), width=(0.65, 0.8, 1.0), expand=(0.2, 0.25, 0.35)),
+    ("resnet50", "tiny"): Net(stem=16, stages=((64, 1, 2), (128, 1, 2)), depth=(0, 1), width=(0.5, 0.75, 1.0),
+                              expand=(0.25, 0.375, 0.5), stem_stride=2),
+    ("mbv3", "paper"): Net(
+        stem=16, stages=((24, 0, 1, "relu", False), (40, 0, 2, "relu", True), (80, 0, 2, "hswish", False),
+                         (112, 0, 1, "hswish", True), (160, 0, 2, "hswish", True)),
+        depth=(2, 3, 4), kernel=(3, 5, 7), expand=(3, 4, 6), head=(960, 1280)),
+    ("mbv3", "tiny"): Net(stem=16, stages=((24, 0, 2, "relu", False), (40, 0, 2, "hswish", True)), depth=(1, 2),
+                          kernel=(3, 5), expand=(2, 3, 4), head=(128, 128), stem_stride=2),
+}
+ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu_, "hswish": F.hardswish, "hsigmoid": F.hardsigmoid}
+
+
+def divisible(channels: float) -> int:
+    """The nearest multiple of 8 that is at least 8 and not below 90% of `channels`."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
+
+
+@functools.lru_cache(maxsize=None)
+def genes(net: Net) -> dict[str, tuple]:
+    """{gene: its choices} in the order of a genotype. `expand_2_3` belongs to the third block of the second stage."""
+    stages = range(1, len(net.stages) + 1)
+    slots = [f"{s}_{b}" for s in stages for b in range(1, net.stages[s - 1][1] + net.depth[-1] + 1)]
+    space = {"depth_stem": (net.depth[0], net.depth[-1])} if net.width else {}
+    space |= {f"depth_{s}": net.depth for s in stages}
+    space |= {f"width_{part}": net.width for part in ("mid", "stem", *stages) if net.width}
+    space |= {f"kernel_{slot}": net.kernel for slot in slots if net.kernel}
+    return space | {f"expand_{slot}": net.expand for slot in slots}
+
+
+def canonical(net: Net, student: tuple) -> tuple:
+    """The one genotype of a student: genes of blocks that its depth genes switch off are 0."""
+    value = dict(zip(genes(net), student))
+    active = {str(s): stage[1] + value[f"depth_{s}"] for s, stage in enumerate(net.stages, 1)}
+    parts = (name.split("_") for name in value)
+    return tuple(0 if len(part) == 3 and int(part[2]) > active[part[1]] else gene
+                 for part, gene in zip(parts, student))
+
+
+def student_at(net: Net, place: int) -> tuple:
+    """The student with every gene at this place of its choices: -1 is the largest, the teacher; 0 the smallest."""
+    return canonical(net, tuple(choices[place] for choices in genes(net).values()))
+
+
+def sample(net: Net, rng: random.Random, kinds: tuple = ("depth", "width", "kernel", "expand")) -> tuple:
+    """A student whose genes of these kinds are drawn uniformly, the others being the largest."""
+    return canonical(net, tuple(rng.choice(choices) if name.split("_")[0] in kinds else choices[-1]
+                                for name, choices in genes(net).items()))
+
+
+def bottleneck(name: str, inp: int, out: int, expand: float, stride: int) -> Block:
+    """ResNet's block: 1x1 down, 3x3, 1x1 up; the first block of a stage pools and projects its shortcut."""
+    middle = divisible(round(out * expand))
+    main = (Layer(f"{name}_reduce", inp, middle), Layer(f"{name}_middle", middle, middle, 3, stride),
+            Layer(f"{name}_last", middle, out, act="none"))
+    shortcut = (Layer(f"{name}_shortcut", inp, out, act="none"),) if name.endswith("_1") else ()
+    return Block(main, shortcut, act="relu")
+
+
+def inverted_bottleneck(name: str, inp: int, out: int, kernel: int, expand: int, stride: int, act: str, gated: bool):
+    """MobileNet's block: 1x1 up, depthwise, gate, 1x1 down; the shortcut is there where the shape is kept."""
+    middle = divisible(round(inp * expand))
+    squeezed = divisible(middle // 4)
+    main = (Layer(f"{name}_reduce", inp, middle, act=act),
+            Layer(f"{name}_middle", middle, middle, kernel, stride, groups=middle, act=act),
+            Layer(f"{name}_last", middle, out, act="none"))
+    gate = (Layer(f"{name}_squeeze", middle, squeezed, tail=BIAS),
+            Layer(f"{name}_excite", squeezed, middle, tail=BIAS, act="hsigmoid"))
+    return Block(main[expand == 1:], () if stride == 1 and inp == out else None, gate if gated else ())
+
+
+def blocks_of(net: Net, student: tuple) -> tuple[Block, ...]:
+    """The student's network, from the input image to the logits."""
+    gene = dict(zip(genes(net), student))
+    if net.width:
+        inp = divisible(net.stem * gene["width_stem"])
+        middle = divisible(divisible(net.stem * gene["width_mid"]) // 2)
+        blocks = [Block((Layer("stem_1", 3, middle, 3, net.stem_stride),)),
+                  Block((Layer("stem_2", middle, middle, 3),), shortcut=()), Block((Layer("stem_3", middle, inp, 3),))]
+        if gene["depth_stem"] < net.depth[-1]:
+            del blocks[1]
+    else:
+        inp = net.stem
+        blocks = [Block((Layer("stem", 3, inp, 3, net.stem_stride, act="hswish"),)),
+                  inverted_bottleneck("0_1", inp, inp, 3, 1, 1, "relu", False)]
+    for s, (width, base_depth, stride, *act_and_gate) in enumerate(net.stages, 1):
+        out = divisible(width * gene[f"width_{s}"]) if net.width else width
+        for b in range(1, base_depth + gene[f"depth_{s}"] + 1):
+            expand, step = gene[f"expand_{s}_{b}"], stride if b == 1 else 1
+            blocks.append(bottleneck(f"{s}_{b}", inp, out, expand, step) if net.width else inverted_bottleneck(
+                f"{s}_{b}", inp, out, gene[f"kernel_{s}_{b}"], expand, step, *act_and_gate))
+            inp = out
+    if net.head:
+        blocks += [Block((Layer("head_1", inp, net.head[0], act="hswish"),)),
+                   Block((Layer("head_2", *net.head, tail=(), act="hswish"),), pool=True)]
+        inp = net.head[1]
+    return (*blocks, Block((Layer("classifier", inp, net.classes, tail=BIAS, act="none"),), pool=True))
+
+
+def layers(blocks: tuple) -> list[Layer]:
+    """All layers of a network."""
+    return [layer for block in blocks for layer in (*block.main, *block.gate, *(block.shortcut or ()))]
+
+
+def shapes(net: Net) -> dict[str, tuple]:
+    """Name and shape of every shared weight: those of the largest student, and the kernel transforms."""
+    shape = {}
+    for layer in layers(blocks_of(net, student_at(net, -1))):
+        shape[f"{layer.name}.conv.weight"] = (layer.out, layer.inp // layer.groups, layer.kernel, layer.kernel)
+        shape |= {f"{layer.name}.{part}": (layer.out,) for part in layer.tail}
+        if layer.groups > 1:
+            shape |= {f"{layer.name}.to{k}": (k * k, k * k) for k in net.kernel if k < layer.kernel}
+    return shape
+
+
+def slice_weights(shared: dict[str, Tensor], blocks: tuple) -> dict[str, Tensor]:
+    """A student's weights: the leading channels of the shared ones, and the transformed centres of the kernels."""
+    weights = {}
+    for layer in layers(blocks):
+        weight = shared[f"{layer.name}.conv.weight"][:layer.out, :layer.inp // layer.groups]
+        while weight.shape[-1] > layer.kernel:  # 7x7 -> 5x5 -> 3x3, each by the layer's own learned matrix
+            k = weight.shape[-1] - 2
+            centre = weight[:, :, 1:-1, 1:-1].reshape(-1, k * k)
+            weight = (centre @ shared[f"{layer.name}.to{k}"]).view(layer.out, 1, k, k)
+        weights[f"{layer.name}.conv.weight"] = weight.contiguous(memory_format=torch.channels_last)
+        weights |= {f"{layer.name}.{part}": shared[f"{layer.name}.{part}"][:layer.out] for part in layer.tail}
+    return weights
+
+
+def walk(blocks: tuple, x: Tensor, run) -> Tensor:
+    """x (B, 3, H, W) -> logits (B, classes); run(layer, x) computes one layer."""
+    for block in blocks:
+        y = x = x.mean((2, 3), keepdim=True) if block.pool else x
+        for layer in block.main[:-1]:
+            y = run(layer, y)
+        if block.gate:
+            squeeze, excite = block.gate
+            y = y * run(excite, run(squeeze, y.mean((2, 3), keepdim=True)))
+        y = run(block.main[-1], y)
+        if block.shortcut:
+            x = run(block.shortcut[0], F.avg_pool2d(x, x.shape[-1] // y.shape[-1]))
+        x = ACTIVATIONS[block.act](y if block.shortcut is None else y + x)
+    return x.flatten(1)
+
+
+def forward(weights: dict, blocks: tuple, x: Tensor, stats: dict | None = None, momentum: float = 0.0) -> Tensor:
+    """Logits (B, classes) of a student for images x (B, 3, 32, 32) in [0, 1].
+
+    Without `stats`, {layer: (mean, var)}, each batch norm uses its batch's statistics, as in training; with them these,
+    frozen; with a momentum too, its batch's again, while `stats` are updated in place (calibration).
+    """
+    def run(layer, x):
+        conv, bn = f"{layer.name}.conv", f"{layer.name}.bn"
+        x = F.conv2d(x, weights[f"{conv}.weight"], weights.get(f"{conv}.bias"), layer.stride, layer.kernel // 2, 1,
+                     layer.groups)
+        if layer.tail == BN:
+            mean, var = stats[layer.name] if stats else (None, None)
+            x = F.batch_norm(x, mean, var, weights[f"{bn}.weight"], weights[f"{bn}.bias"], not stats or momentum > 0,
+                             momentum)
+        return ACTIVATIONS[layer.act](x)
+    return walk(blocks, x.contiguous(memory_format=torch.channels_last), run)
+
+
+# ---- Attack and judgement --------------------------------------------------------------------------------------------
+def pgd(predict, x: Tensor, loss, start: Tensor, eps: float, step_size: float, steps: int) -> Tensor:
+    """Projected gradient ascent (Madry et al., 2018), the inner maximisation of equation 1: climbs loss(predict(x'))
+    from x + start by signed steps, within |x' - x| <= eps and [0, 1]. Images are (B, 3, 32, 32), 1 is white."""
+    x_adv = (x + start).clamp(0, 1)
+    for _ in range(steps):
+        x_adv.requires_grad_()
+        gradient, = torch.autograd.grad(loss(predict(x_adv)), x_adv)
+        x_adv = x_adv.detach() + step_size * gradient.sign()
+        x_adv = torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp(0, 1)
+    return x_adv
+
+
+def calibrated(shared: dict, net: Net, student: tuple, images: Tensor, batch: int = 250):
+    """The student as it is judged and exported: logits = predict(x), with its own frozen batch-norm statistics,
+    averages over uint8 training images (N, 3, 32, 32): no shared statistics would suit every student."""
+    blocks = blocks_of(net, student)
+    weights = {name: weight.detach() for name, weight in slice_weights(shared, blocks).items()}
+    stats = {layer.name: (torch.zeros(layer.out, device=images.device), torch.ones(layer.out, device=images.device))
+             for layer in layers(blocks) if layer.tail == BN}
+    with torch.no_grad():
+        for i, x in enumerate(images.split(batch)):
+            forward(weights, blocks, x / 255, stats, momentum=len(x) / (i * batch + len(x)))  # a plain average
+    return functools.partial(forward, weights, blocks, stats=stats)
+
+
+def judge(predict, images: Tensor, labels: Tensor, eps: float, step_size: float, steps: int, batch: int = 250):
+    """(natural, robust): which uint8 images are classified right, and which still are after PGD; bool (N,) each. PGD
+    climbs the cross-entropy from a uniform start in the ball, of a fixed seed (with one step, FGSM, from the image)."""
+    generator = torch.Generator(images.device).manual_seed(0)
+    natural, robust = torch.zeros(2, len(images), dtype=torch.bool, device=images.device)
+    for first in range(0, len(images), batch):
+        x, y = images[first:first + batch] / 255, labels[first:first + batch]
+        start = (2 * torch.rand(x.shape, generator=generator, device=x.device) - 1) * (eps if steps > 1 else 0)
+        with torch.no_grad():
+            right = natural[first:first + batch] = predict(x).argmax(1) == y
+        if right.any():
+            x, y = x[right], y[right]  # the others are lost already
+            x_adv = pgd(predict, x, lambda logits: F.cross_entropy(logits, y), start[right], eps, step_size, steps)
+            with torch.no_grad():
+                robust[first:first + batch][right] = predict(x_adv).argmax(1) == y
+    return natural, robust
+
+
+# ---- The predictor ---------------------------------------------------------------------------------------------------
+def one_hot(net: Net, students: list[tuple]) -> Tensor:
+    """Features (N, sum of choices) of students: for each gene a 1 at its choice; a gene that is off has none."""
+    place, choice = zip(*((i, value) for i, choices in enumerate(genes(net).values()) for value in choices))
+    return (torch.tensor(students, dtype=torch.float64)[:, place] == torch.tensor(choice, dtype=torch.float64)).float()
+
+
+def mlp(weights: list, x: Tensor) -> Tensor:
+    """A fully-connected network with ReLU: x (N, features) -> (N, outputs); weights is a list of (matrix, bias)."""
+    for matrix, bias in weights[:-1]:
+        x = F.relu(x @ matrix + bias)
+    return x @ weights[-1][0] + weights[-1][1]
+
+
+def predict_accuracy(predictor: dict, net: Net, students: list[tuple]) -> Tensor:
+    """Predicted (natural, robust) accuracy of students, (N, 2), each a share of 1."""
+    return mlp(predictor["layers"], one_hot(net, students)) * predictor["scale"] + predictor["mean"]
+
+
+# ---- Data: every image is decoded once, and lives on the device as uint8 ---------------------------------------------
+def data_file(args) -> Path:
+    """The cache of --dataset's images, which chapter 1 writes; a folder's changes with the files in it."""
+    if args.dataset in ("cifar10", "cifar100", "toy"):
+        return args.data_dir / (f"toy-{args.seed}.pt" if args.dataset == "toy" else f"{args.dataset}.pt")
+    found = [(str(folder.resolve()), folder.stat().st_mtime_ns) for folder in sorted(Path(args.dataset).glob("t*/*"))]
+    return args.data_dir / f"{args.name}-{hashlib.sha256(repr(found).encode()).hexdigest()[:12]}.pt"
+
+
+def load_data(args) -> dict[str, Tensor]:
+    """{train, held_out, test}, uint8 (N, 3, 32, 32), and {train, held_out, test}_labels, (N,), on --device; held_out is
+    a tenth of the training images. Sets the number of classes in args.net and the settings."""
+    content = load(need(args, data_file(args), "01_dynamic_net.py"), {})
+    args.net = args.net._replace(classes=content["classes"])
+    args.common["classes"] = args.settings["classes"] = content["classes"]
+    return {name: part.to(args.device) for name, part in content.items() if torch.is_tensor(part)}
+
+
+# ---- Files: the only thing that chapters share -----------------------------------------------------------------------
+def fail(message: str):
+    """One line on stderr, exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def write(path: Path, content):
+    """Write a checkpoint (a dict) or a table (a list of rows): the whole file, or none; exits if it cannot."""
+    buffer = io.BytesIO()
+    if isinstance(content, dict):
+        torch.save(content, buffer)
+    else:
+        lines = [max(content, key=len)] + [[row.get(column, "") for column in max(content, key=len)] for row in content]
+        buffer.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        fail(f"{path} could not be written: {error.strerror}")
+
+
+def load(path: Path, settings: dict, net: Net | None = None) -> dict:
+    """Read a checkpoint; exits if it is damaged, of other settings, or its weights are not those of `net`."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        made_with = content["settings"]
+        found = {name: tuple(weight.shape) for name, weight in content["weights"].items()} if net else None
+    except Exception as error:  # torch.load raises many kinds
+        fail(f"{path} is cut short or not one of our files ({type(error).__name__}): delete it to have it made anew")
+    other = [f"{name} {made_with.get(name)}, not {value}" for name, value in settings.items()
+             if made_with.get(name) != value]
+    if other:
+        fail(f"{path} was made with {'; '.join(other)}: take another --out, or make it anew with --restart")
+    if net and found != shapes(net):
+        fail(f"{path} does not hold the weights of this network: delete it to have it made anew")
+    return content
+
+
+# ---- Flags and progress ----------------------------------------------------------------------------------------------
+SAMPLING = {"choices": ("progressive", "random"), "default": "progressive", "help": "in chapter 3 (sections 4.4, 5.1)"}
+
+
+def read_flags(stage: dict, **others: dict) -> argparse.Namespace:
+    """The flags common to all chapters, the numbers of this one's `stage`, and other flags with their settings."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    parser.add_argument("--dataset", default="cifar10", metavar="cifar10|cifar100|toy|PATH",
+                        help="PATH: a folder with train/<class>/* and test/<class>/* images")
+    parser.add_argument("--net", default="resnet50", choices=("resnet50", "mbv3"))
+    parser.add_argument("--preset", choices=("paper", "quick", "tiny"), help="default: paper, for toy tiny")
+    parser.add_argument("--out", type=Path, help="folder of all chapters' files (default: runs/<dataset>-<net>)")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of the cached images")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    parser.add_argument("--restart", action="store_true", help="start this chapter over")
+    for name, (paper, quick, tiny, text) in stage.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=type(paper),
+                            help=f"{text} (presets: paper {paper:g}, quick {quick:g}, tiny {tiny:g})")
+    for name, settings in others.items():
+        parser.add_argument("--" + name.replace("_", "-"), **settings)
+    args = parser.parse_args()
+    args.given = [f"--{name.replace('_', '-')}={getattr(args, name)}"
+                  for name in ("dataset", "net", "preset", "out", "data_dir", "seed", "device")
+                  if getattr(args, name) != parser.get_default(name)]
+    args.preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
+    for name, values in stage.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[("paper", "quick", "tiny").index(args.preset)])
+        if not 0 < getattr(args, name) < float("inf"):
+            fail(f"--{name.replace('_', '-')} must be above 0")
+    if not 0 <= args.seed <= 10 ** 6:
+        fail("--seed must be between 0 and a million")
+    args.name = Path(args.dataset).resolve().name
+    args.out = args.out or Path("runs", f"{args.name}-{args.net}")
+    args.common = {"dataset": args.name, "net": args.net, "preset": args.preset}
+    args.settings = {**args.common, "seed": args.seed, **{name: getattr(args, name) for name in (*stage, *others)}}
+    args.net = NETWORKS[args.net, "tiny" if args.preset == "tiny" else "paper"]
+    try:
+        args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError):
+        fail(f"--device {args.device}: there is no such device here; --device cpu always works")
+    return args
+
+
+def need(args, path: Path, script: str, *words: str) -> Path:
+    """The path of another chapter's file; if it is missing, that chapter runs first, with the same common flags."""
+    if not path.exists():
+        print(f"{path} is missing: running {script}\n", flush=True)
+        if subprocess.run([sys.executable, Path(__file__).with_name(script), *args.given, *words]).returncode:
+            raise SystemExit(2)  # it has said why
+    return path
+
+
+class Progress:
+    """Prints how long the work will take, then a line every 10 seconds: what is done, what is known, the time left."""
+
+    def __init__(self, total: int, unit: str, done: int):
+        self.total, self.unit, self.first, self.start, self.last = total, unit, done, time.monotonic(), time.monotonic()
+
+    def __call__(self, done: int, say):
+        """`say` is called, and so waits for the device, only when a line is due."""
+        now = time.monotonic()
+        if done == self.first + 3 or now - self.last > 10:
+            left = datetime.timedelta(seconds=round((now - self.start) / (done - self.first) * (self.total - done)))
+            print(f"  {done}/{self.total} {self.unit}  {say()}  {left} left", flush=True)
+            self.last = now
+
+
+def finish(args, rows: list[dict], wrote: list, following: str):
+    """A table of aligned columns, what was written, and the command that comes next."""
+    lines = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    for line in [list(rows[0]), *lines] if rows else []:
+        print("".join(cell.rjust(2 + max(map(len, column))) for cell, *column in zip(line, rows[0], *lines)))
+    print("wrote", *wrote)
+    if following:
+        print("next: python", following, shlex.join(args.given))
+
+
+# ---- The chapter -----------------------------------------------------------------------------------------------------
+def main():
+    args = read_flags(STAGE, sampling=SAMPLING)
+    data = load_data(args)
+    suffix = "" if args.sampling == "progressive" else "_random"
+    measured, checkpoint = args.out / f"04_students{suffix}.pt", args.out / f"04_predictor{suffix}.pt"
+    following = f"05_nsga2.py --sampling={args.sampling}"
+    if checkpoint.exists() and not args.restart:
+        load(checkpoint, args.settings)
+        return finish(args, [], [f"{checkpoint} earlier (--restart makes it anew)"], following)
+    if args.images % 2 or args.images > len(data["held_out"]) or not 1 < args.test_students < args.students - 1:
+        fail(f"--images must be even and at most {len(data['held_out'])}, --test-students between 2 and --students - 2")
+
+    path = need(args, args.out / f"03_{args.sampling}.pt", "03_progressive_rslad.py", f"--sampling={args.sampling}")
+    shared = {name: weight.to(args.device) for name, weight in load(path, args.common, args.net)["weights"].items()}
+    settings = {name: args.settings[name] for name in args.settings if name not in PREDICTOR_FLAGS}
+    if measured.exists() and not args.restart:
+        load(measured, settings)
+    write(measured, {"settings": settings})  # how the rows of 04_students.csv are measured
+    students = draw_students(args.net, args.students, args.seed)
+    print(f"{args.students} students, each by PGD-{args.steps} on {args.images} held-out training images", flush=True)
+    rows = measure(args, shared, students, data, args.out / f"04_students{suffix}.csv")
+
+    labels = torch.tensor([[row[name] for name in MEASURED] for row in rows])  # (N, 4)
+    predictor = train_predictor(args, students[:-args.test_students], labels[:-args.test_students, :2])
+    test = students[-args.test_students:]
+    predicted = predict_accuracy(predictor, args.net, test)
+    rows = [{**dict(zip(genes(args.net), student)), "natural": row["natural"], "robust": row["robust"],
+             "predicted_natural": natural, "predicted_robust": robust}
+            for student, row, (natural, robust) in zip(test, rows[-args.test_students:], predicted.tolist())]
+    write(args.out / f"04_predictions{suffix}.csv", rows)
+    write(checkpoint, {"settings": args.settings, **predictor})
+    print(f"RMSE on {len(test)} students that were not used in training; all numbers are shares of 1:")
+    files = [args.out / f"04_{name}{suffix}.csv" for name in ("students", "predictions")]
+    finish(args, report(labels[:, :2], labels[:, 2:], predicted), [*files, checkpoint], following)
+
+
+if __name__ == "__main__":
+    main()

@@ -483,6 +483,8 @@ def read_images(args):
         *test, test_classes = folder_images(Path(args.dataset, "test"))
         if train_classes != test_classes:
             fail(f"{args.dataset}: train/ and test/ differ in {sorted(set(train_classes) ^ set(test_classes))}")
+    if len(train[0]) < 20:
+        fail(f"{args.dataset} has {len(train[0])} training images: at least 20 are needed, a tenth is held out")
     order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(0))
     split = {"held_out": order[:len(order) // 10], "train": order[len(order) // 10:]}  # the same for every seed
     write(data_file(args), {

@@ -548,8 +548,8 @@ def main():
     net, suffix = args.net, "" if args.sampling == "progressive" else "_random"
     ends = [cost(net, student_at(net, place))[1] / 1e6 for place in (0, -1)]  # the smallest and the largest student's
     budgets = args.settings["max_macs"] = args.max_macs or [2000.0 if net.stem == 64 else round(sum(ends) / 2, 1)]
-    if not min(budgets) >= ends[0]:
-        fail(f"--max-macs {min(budgets):g}: the smallest student already takes {ends[0]:.4g} million MACs")
+    if not all(ends[0] <= budget < float("inf") for budget in budgets):
+        fail(f"--max-macs must be at least {ends[0]:.4g}, the millions of MACs that the smallest student takes")
     done = args.out / f"05_search{suffix}.pt"
     if done.exists() and not args.restart:
         load(done, args.settings)

@@ -1,0 +1,777 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision", "numpy", "pytest"]
+# ///
+"""Tests of the five chapters: `pytest test_all.py`, about four minutes on two CPU cores.
+
+The chain runs as a user runs it, on toy, with both networks, while the other tests compare the pieces with oracles:
+counts of the authors' instantiated networks, PyTorch's own layers and counters, closed forms, brute force.
+SEED=1 pytest test_all.py takes another seed.
+"""
+import ast
+import contextlib
+import csv
+import importlib.util
+import io
+import itertools
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+HERE = Path(__file__).parent
+CHAPTERS = ["01_dynamic_net", "02_teacher_trades", "03_progressive_rslad", "04_predictor", "05_nsga2"]
+SEED = int(os.environ.get("SEED", 0))
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # two chains on two cores: one thread each is fastest
+torch.set_num_threads(1)
+
+
+def chapter(name):
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+c1, c2, c3, c4, c5 = map(chapter, CHAPTERS)
+NETS = [c1.NETWORKS[key] for key in c1.NETWORKS]
+TINY = [c1.NETWORKS[name, "tiny"] for name in ("resnet50", "mbv3")]
+both = pytest.mark.parametrize("net", TINY, ids=["resnet50", "mbv3"])
+
+# What the authors' released networks count when instantiated:
+# net, classes, depths, width indices or kernels, expansion indices, parameters, MACs
+ARCHITECTURES = """
+resnet50 10 22222 222222 222222222222222222 46077482 2358013952
+resnet50 10 00000 000000 000000000000000000 5223570 285232096
+resnet50 10 20212 121102 120012100121210110 20245570 872585216
+resnet50 10 20022 100110 021211112211210212 17123938 792604640
+resnet50 10 22010 210010 101211011201021100 9052442 588903392
+resnet50 10 00121 211211 122201221002020210 17033722 949980176
+resnet50 10 00120 102022 211211221111212012 20582226 1081971712
+resnet50 10 20100 222021 002211122001210112 11743978 710558736
+resnet50 10 22201 220101 202022202220200110 12711434 816110608
+resnet50 10 21212 101221 202201121212100122 25209442 1329493008
+resnet50 10 21011 201012 202012220210202022 24188890 946172928
+resnet50 10 00201 020021 020222111010221011 14029794 730040336
+mbv3 10 44444 77777777777777777777 22222222222222222222 6396570 179706624
+mbv3 10 22222 33333333333333333333 00000000000000000000 2142602 35293824
+mbv3 10 24224 53773337353353357335 01201110101211211110 3264682 59594240
+mbv3 10 33334 75377535577375733575 10111200201220002002 3989354 83900928
+mbv3 10 22434 53357533577735735573 21010221212222011010 3793466 84813440
+mbv3 10 22443 37353737337573555737 20222212212112112220 4723978 95715584
+mbv3 10 24344 73733533537377335535 11212121010012001201 4230314 87391488
+mbv3 10 24323 75775553733753735773 01111221220202021222 4080082 79417344
+mbv3 10 22434 53733573773377777737 22112022020102112000 3717858 82090240
+mbv3 10 44342 57737353733775355555 12220220112011011102 3112874 108481664
+mbv3 10 43233 73333537757577735733 11102211201121020022 3465490 81872384
+mbv3 10 42444 75755357753775537377 11200112122010122012 4585138 108849792
+resnet50 100 22222 222222 222222222222222222 46261892 2358198272
+resnet50 100 00000 000000 000000000000000000 5343180 285351616
+resnet50 100 00200 100200 100201220210201202 9691884 707006144
+resnet50 100 22020 221120 202212112002020002 13303316 1095747264
+resnet50 100 02222 102002 102122000000222102 27588828 1109185536
+resnet50 100 00201 001012 220101110012110020 19179948 776452096
+resnet50 100 02212 011110 020000110021112110 14123980 803982016
+resnet50 100 20012 022022 101002101200220021 27575436 1037875200
+resnet50 100 02000 011000 122122012100100212 8218412 657390272
+resnet50 100 00112 022011 220202211210001111 17211212 883035296
+resnet50 100 00111 112001 111212021111122011 13683100 654918816
+resnet50 100 22122 221221 112111112222122201 28315700 1544337568
+mbv3 100 44444 77777777777777777777 22222222222222222222 6511860 179821824
+mbv3 100 22222 33333333333333333333 00000000000000000000 2257892 35409024
+mbv3 100 22222 73535337753755755573 20101222021022021012 2844420 60099584
+mbv3 100 32433 73355573537555375337 21201222222120112012 3588652 89561856
+mbv3 100 24223 75773375337775777753 21022200110221201212 3672500 74096384
+mbv3 100 32234 37575355337757573353 22010100022002021211 4177588 80994944
+mbv3 100 22224 75377377753355555537 20020210112012102010 3628356 66207616
+mbv3 100 34233 35357375755535357577 22011212210111222221 4578604 95339008
+mbv3 100 42233 77753553375375353753 02112000101100110110 3137932 81430016
+mbv3 100 42442 33535755537333375355 10000010101201020211 3565852 79299712
+mbv3 100 22232 53555573777737555777 10122100122101100101 2834004 58499840
+mbv3 100 24223 73377553735553735553 20000222000121002110 3486572 72378752
+"""
+
+
+# ---- Fixtures: the chain, and a folder of images ---------------------------------------------------------------------
+@pytest.fixture(scope="session", autouse=True)
+def chains(tmp_path_factory):
+    """Both chains, started at once; chains(net) waits for one and returns its folder and what it printed."""
+    root = tmp_path_factory.mktemp("chain")
+    run(root, "01_dynamic_net", "--dataset", "toy", "--seed", SEED)  # both read its images
+    processes = {name: subprocess.Popen(
+        [sys.executable, HERE / "05_nsga2.py", "--dataset", "toy", "--net", name, "--seed", str(SEED)], cwd=root,
+        env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for name in ("resnet50", "mbv3")}
+    printed = {}
+
+    def wait(name):
+        if name not in printed:
+            printed[name] = processes[name].communicate()[0]
+        assert processes[name].returncode == 0, printed[name]
+        return root / f"runs/toy-{name}", printed[name]
+    yield wait
+    for process in processes.values():
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A folder of three classes: 60 training and 15 test images each, of different sizes, dark, middling and bright."""
+    from torchvision.utils import save_image
+    root, generator = tmp_path_factory.mktemp("images") / "shades", torch.Generator().manual_seed(0)
+    for part, count in (("train", 60), ("test", 15)):
+        for i, name in enumerate(("bright", "dark", "middling")):
+            (root / part / name).mkdir(parents=True)
+            for n in range(count):
+                noise = 0.2 * torch.rand(3, 32 + n % 3, 40, generator=generator)
+                save_image(noise + (0.8, 0.0, 0.4)[i], root / part / name / f"{n}.png")
+    return root
+
+
+SMALL = ["--preset", "tiny", "--batch-size", 32, "--val-images", 10, "--calibration-images", 60]  # for that folder
+
+
+def run(root, name, *words, code=0):
+    """Run a chapter's main() in the folder root; what it prints if it succeeds, else its one line on stderr."""
+    out, err, before, argv = io.StringIO(), io.StringIO(), os.getcwd(), sys.argv
+    os.chdir(root)
+    sys.argv = [f"{name}.py", *map(str, words)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            sys.modules[name].main()
+        exited = 0
+    except SystemExit as stop:
+        exited = stop.code
+    finally:
+        sys.argv = argv
+        os.chdir(before)
+    assert exited == code, out.getvalue() + err.getvalue()
+    assert err.getvalue().count("\n") == (1 if code else 0), err.getvalue()
+    return err.getvalue().strip() if code else out.getvalue()
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights_of(net, seed=SEED, dtype=torch.float64):
+    """Random shared weights; kernel transforms and batch-norm weights too, so that a mistake in them shows."""
+    torch.manual_seed(seed)
+    shared = {name: weight.to(dtype) for name, weight in c1.init_weights(net).items()}
+    for name, weight in shared.items():
+        if "bn" in name or ".to" in name:
+            weight += 0.1 * torch.randn_like(weight)
+    return shared
+
+
+def students_of(net, count, seed=SEED):
+    rng = random.Random(seed)
+    return [c1.student_at(net, -1), c1.student_at(net, 0), *(c1.sample(net, rng) for _ in range(count))]
+
+
+def standalone(net, shared, student):
+    """An ordinary network of the student's sizes holding copies of its slice, batch norm in training mode."""
+    blocks = c1.blocks_of(net, student)
+    stats = {layer.name: (torch.zeros(layer.out), torch.ones(layer.out)) for layer in c1.layers(blocks)}
+    weights = {name: weight.detach() for name, weight in c1.slice_weights(shared, blocks).items()}
+    plain = c1.Standalone(blocks, weights, stats).to(next(iter(shared.values())).dtype)
+    plain.load_state_dict(plain.state_dict() | weights)  # again, now in full precision
+    return plain
+
+
+# ---- The shape of the project ----------------------------------------------------------------------------------------
+def test_chapters_are_self_contained_and_share_only_equal_text():
+    seen, shared = {}, 0
+    for name in CHAPTERS:
+        text = (HERE / f"{name}.py").read_text()
+        tree = ast.parse(text)
+        for node in ast.walk(tree):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else (
+                [node.module] if isinstance(node, ast.ImportFrom) else [])
+            assert all(m.split(".")[0] in {*sys.stdlib_module_names, "torch", "torchvision", "numpy"} for m in modules)
+        for node in tree.body:
+            names = [node.name] if hasattr(node, "name") else [
+                target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)]
+            for own in set(names) - {"main", "STAGE"}:
+                source = ast.get_source_segment(text, node)
+                assert seen.setdefault(own, source) == source, f"{own} differs in {name}"
+                shared += seen[own] is not source
+    assert shared > 50
+
+
+# ---- Chapter 1: the dynamic network ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("line", ARCHITECTURES.split("\n")[1:-1])
+def test_counts_of_the_released_networks(line):
+    name, classes, depths, others, expands, params, macs = line.split()
+    net = c1.NETWORKS[name, "paper"]._replace(classes=int(classes))
+    others = [net.width[int(i)] for i in others] if net.width else list(map(int, others))
+    student = (*map(int, depths), *others, *(net.expand[int(i)] for i in expands))
+    assert c1.cost(net, c1.canonical(net, student)) == (int(params), int(macs))
+
+
+@pytest.mark.parametrize("net", NETS, ids=["-".join(key) for key in c1.NETWORKS])
+def test_counts_agree_with_pytorch(net):
+    for student in students_of(net, 2):
+        plain = standalone(net, weights_of(net, dtype=torch.float32), student).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            plain(torch.zeros(1, 3, 32, 32))
+        params, macs = c1.cost(net, student)
+        assert counter.get_total_flops() == 2 * macs
+        assert sum(p.numel() for p in plain.parameters()) == params
+
+
+def test_students_are_counted_exactly():
+    for net in TINY:  # all genotypes, one by one
+        assert len({c1.canonical(net, s) for s in itertools.product(*c1.genes(net).values())}) == c1.count_students(net)
+    assert c1.count_students(c1.NETWORKS["mbv3", "paper"]) == (9 ** 2 + 9 ** 3 + 9 ** 4) ** 5
+    resnet = 2 * 3 ** 6 * (3 ** 2 + 3 ** 3 + 3 ** 4) ** 3 * (3 ** 4 + 3 ** 5 + 3 ** 6)
+    assert c1.count_students(c1.NETWORKS["resnet50", "paper"]) == resnet
+
+
+@both
+def test_inactive_genes_make_no_difference(net):
+    small = c1.student_at(net, 0)
+    assert 0 in small and c1.canonical(net, small) == small
+    switched_off = [max(choices) if gene == 0 and 0 not in choices else gene
+                    for gene, choices in zip(small, c1.genes(net).values())]
+    assert switched_off != list(small) and c1.canonical(net, tuple(switched_off)) == small
+    varied = [i for i, name in enumerate(c1.genes(net)) if name.split("_")[0] in ("width", "kernel")]
+    for student in (c1.sample(net, random.Random(i), ("width", "kernel")) for i in range(20)):
+        assert all(gene == top for i, (gene, top) in enumerate(zip(student, c1.student_at(net, -1))) if i not in varied)
+
+
+@both
+def test_slice_computes_what_a_standalone_network_computes(net):
+    shared = {name: weight.requires_grad_() for name, weight in weights_of(net).items()}
+    for student in students_of(net, 3):
+        plain = standalone(net, shared, student).train()
+        x = torch.rand(5, 3, 32, 32, dtype=torch.float64)
+        weights = c1.slice_weights(shared, c1.blocks_of(net, student))
+        logits, expected = c1.forward(weights, c1.blocks_of(net, student), x), plain(x)
+        torch.testing.assert_close(logits, expected)
+        direction = torch.randn_like(logits)
+        ours = torch.autograd.grad((logits * direction).sum(), list(weights.values()))
+        theirs = torch.autograd.grad((expected * direction).sum(), [plain.get_parameter(name) for name in weights])
+        torch.testing.assert_close(ours, theirs)
+
+
+@both
+def test_gradient_of_shared_weights_is_the_sum_over_students_and_zero_outside(net):
+    shared = {name: weight.requires_grad_() for name, weight in weights_of(net).items()}
+    x = torch.rand(4, 3, 32, 32, dtype=torch.float64)
+
+    def gradients(students):
+        loss = sum(c3.forward(c3.slice_weights(shared, c3.blocks_of(net, s)), c3.blocks_of(net, s), x).square().sum()
+                   for s in students)
+        grads = torch.autograd.grad(loss, list(shared.values()), allow_unused=True)
+        return {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(shared.items(), grads)}
+    small, other = students_of(net, 1)[1:]
+    one, two, both_of_them = gradients([small]), gradients([other]), gradients([small, other])
+    for name in shared:
+        torch.testing.assert_close(both_of_them[name], one[name] + two[name])
+    layers = {layer.name: layer for layer in c3.layers(c3.blocks_of(net, small))}
+    outside = 0
+    for name, weight in shared.items():
+        if name.endswith("conv.weight"):
+            layer, gradient = layers.get(name.split(".")[0]), one[name].clone()
+            if layer:
+                assert gradient[:layer.out, :layer.inp].abs().max() > 0
+                gradient[:layer.out, :layer.inp // layer.groups] = 0
+            assert not gradient.any()
+            outside += gradient.numel()
+    assert outside
+
+
+def test_a_smaller_kernel_is_the_transformed_centre_of_the_next_larger():
+    net = c1.NETWORKS["mbv3", "paper"]
+    shared = weights_of(net)
+    names = list(c1.genes(net))
+    for kernel in (5, 3):
+        student = list(c1.student_at(net, -1))
+        student[names.index("kernel_2_2")] = kernel
+        ours = c1.slice_weights(shared, c1.blocks_of(net, tuple(student)))["2_2_middle.conv.weight"]
+        for channel in (0, 100):
+            expected = shared["2_2_middle.conv.weight"][channel, 0]
+            for k in range(5, kernel - 1, -2):
+                centre = expected[1:-1, 1:-1].flatten()
+                matrix = shared[f"2_2_middle.to{k}"]
+                expected = torch.stack([sum(centre[i] * matrix[i, j] for i in range(k * k)) for j in range(k * k)])
+                expected = expected.view(k, k)
+            torch.testing.assert_close(ours[channel, 0], expected)
+    identity = c1.slice_weights(c1.init_weights(net), c1.blocks_of(net, tuple(student)))  # untrained: just the centre
+    assert identity["2_2_middle.conv.weight"].shape[2:] == (3, 3)
+
+
+# ---- Chapters 2 and 3: losses, attack, judgement ---------------------------------------------------------------------
+@both
+def test_sorting_channels_leaves_the_largest_network_unchanged(net):
+    shared = weights_of(net)
+    blocks, x = c3.blocks_of(net, c3.student_at(net, -1)), torch.rand(4, 3, 32, 32, dtype=torch.float64)
+    before = c3.forward(c3.slice_weights(shared, blocks), blocks, x)
+    old = {name: weight.clone() for name, weight in shared.items()}
+    c3.sort_channels(shared, net)
+    torch.testing.assert_close(c3.forward(c3.slice_weights(shared, blocks), blocks, x), before)
+    moved = [name for name in shared if not torch.equal(old[name], shared[name])]
+    assert any("reduce" in name for name in moved) and not any("stem" in name or "class" in name for name in moved)
+    for block in blocks:
+        if len(block.main) == 3:
+            norms = shared[f"{block.main[-1].name}.conv.weight"].abs().sum((0, 2, 3))
+            assert (norms.diff() <= 0).all()
+
+
+def test_pgd_on_a_linear_model_is_the_closed_form():
+    torch.manual_seed(SEED)
+    direction = torch.randn(3, 8, 8, dtype=torch.float64)
+    x = torch.rand(6, 3, 8, 8, dtype=torch.float64)
+    for module in (c2, c3, c4, c5):
+        x_adv = module.pgd(lambda x: (x * direction).sum((1, 2, 3)), x, lambda out: out.sum(), torch.zeros_like(x),
+                           0.1, 0.03, 10)
+        torch.testing.assert_close(x_adv, (x + 0.1 * direction.sign()).clamp(0, 1))
+
+
+def test_pgd_stays_in_the_ball_and_climbs_a_convex_loss():
+    torch.manual_seed(SEED)
+    x = torch.rand(6, 3, 8, 8, dtype=torch.float64)
+    centre = torch.rand_like(x)
+    losses = []
+    for steps in range(8):
+        x_adv = c2.pgd(lambda x: (x - centre).square().sum((1, 2, 3)), x, lambda out: out.sum(),
+                       0.5 * torch.randn_like(x) if steps == 7 else torch.zeros_like(x), 0.05, 0.02, steps)
+        assert steps == 0 or (x_adv - x).abs().max() <= 0.05 + 1e-12
+        assert x_adv.min() >= 0 and x_adv.max() <= 1
+        losses.append((x_adv - centre).square().sum((1, 2, 3)))
+    for weaker, stronger in zip(losses[:6], losses[1:7]):
+        assert (stronger >= weaker - 1e-12).all()
+    assert (losses[6] > losses[0]).all()
+
+
+def textbook(net, shared, student):
+    """The student with fresh slices and batch statistics, in training mode: logits = f(x)."""
+    def predict(x):
+        blocks = c2.blocks_of(net, student)
+        return c2.forward(c2.slice_weights(shared, blocks), blocks, x)
+    return predict
+
+
+def textbook_kl(target, logits):
+    p, q = target, logits.softmax(1)
+    return (p * (p / q).log()).sum() / len(p)
+
+
+def textbook_attack(predict, x, target, args):
+    """PGD on the KL, written as in the papers; draws the same start as the chapters."""
+    x_adv = (x + 0.001 * torch.randn_like(x)).clamp(0, 1)
+    for _ in range(args.steps):
+        x_adv = x_adv.clone().requires_grad_()
+        textbook_kl(target.detach(), predict(x_adv)).backward()
+        delta = x_adv.detach() + args.step_size / 255 * x_adv.grad.sign() - x
+        x_adv = (x + delta.clamp(-args.eps / 255, args.eps / 255)).clamp(0, 1)
+    return x_adv
+
+
+@both
+@pytest.mark.parametrize("method", ["trades", "rslad"])
+def test_losses_and_gradients_are_the_formulas(net, method):
+    shared = {name: weight.requires_grad_() for name, weight in weights_of(net).items()}
+    student = students_of(net, 1)[-1]
+    blocks, predict = c2.blocks_of(net, student), textbook(net, shared, student)
+    args = SimpleNamespace(eps=8.0, step_size=2.0, steps=3, beta=6.0, alpha=5 / 6)
+    x, y = torch.rand(6, 3, 32, 32, dtype=torch.float64), torch.randint(10, (6,))
+    target = torch.randn(6, 10, dtype=torch.float64).softmax(1)
+    torch.manual_seed(1)
+    weights = c2.slice_weights(shared, blocks)
+    ours, first, second = (c2.trades_loss(weights, blocks, x, y, args) if method == "trades" else
+                           c3.rslad_loss(weights, blocks, x, target, args))
+    gradient = torch.autograd.grad(ours, list(shared.values()), allow_unused=True)
+    torch.manual_seed(1)
+    if method == "trades":
+        x_adv = textbook_attack(predict, x, predict(x).softmax(1), args)
+        natural = predict(x).softmax(1)
+        terms = -natural[range(6), y].log().mean(), textbook_kl(natural, predict(x_adv))
+        theirs = terms[0] + 6 * terms[1]
+    else:
+        x_adv = textbook_attack(predict, x, target, args)
+        terms = textbook_kl(target, predict(x)), textbook_kl(target, predict(x_adv))
+        theirs = terms[0] / 6 + 5 * terms[1] / 6
+    torch.testing.assert_close((ours, first, second), (theirs, *terms))
+    torch.testing.assert_close(gradient, torch.autograd.grad(theirs, list(shared.values()), allow_unused=True))
+
+
+@both
+def test_calibration_is_pytorchs_cumulative_batch_norm(net):
+    images = torch.randint(256, (60, 3, 32, 32), dtype=torch.uint8)
+    shared, student = weights_of(net, dtype=torch.float32), students_of(net, 1)[-1]
+    plain = standalone(net, shared, student).train()
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # PyTorch's cumulative average
+    for batch in (20, 60):
+        for module in plain.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_running_stats()
+        with torch.no_grad():
+            for x in images.split(batch):
+                plain(x / 255)
+        predict = c4.calibrated(shared, net, student, images, batch)
+        for name, (mean, var) in predict.keywords["stats"].items():
+            norm = plain.get_submodule(f"{name}.bn")
+            torch.testing.assert_close((mean, var), (norm.running_mean, norm.running_var), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(predict(images[:7] / 255), plain.eval()(images[:7] / 255), rtol=1e-3, atol=1e-4)
+        plain.train()
+
+
+def test_robust_accuracy_counts_images_right_before_and_after_the_attack():
+    torch.manual_seed(SEED)
+    images, labels = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8), torch.randint(3, (40,))
+    matrix = 0.05 * torch.randn(3 * 32 * 32, 3)
+
+    def predict(x):
+        return x.flatten(1) @ matrix
+    natural, robust = c4.judge(predict, images, labels, 2 / 255, 0.5 / 255, 20)
+    margins = predict(images / 255)
+    assert torch.equal(natural, margins.argmax(1) == labels)
+    assert natural.any() and not natural.all() and not (robust & ~natural).any() and 0 < robust.sum() < natural.sum()
+    for batch in (7, 13):
+        assert torch.equal(c4.judge(predict, images, labels, 2 / 255, 0.5 / 255, 20, batch)[1], robust)
+    # For a linear model the exact answer is known, but for the clipping to [0, 1], which only helps the defence.
+    for i in range(40):
+        if natural[i] and not robust[i]:
+            drop = [2 / 255 * (matrix[:, j] - matrix[:, labels[i]]).abs().sum() for j in range(3)]
+            assert any(margins[i, j] + drop[j] >= margins[i, labels[i]] for j in range(3) if j != labels[i])
+    fgsm = c5.judge(predict, images, labels, 2 / 255, 2 / 255, 1)[1]
+    assert robust.sum() <= fgsm.sum() <= natural.sum()
+
+
+def test_augmentation_is_a_crop_and_a_flip_of_each_image_its_own():
+    torch.manual_seed(SEED)
+    images = torch.randint(1, 256, (30, 3, 32, 32), dtype=torch.uint8)
+    places = []
+    for image, ours in zip(F.pad(images, (4, 4, 4, 4)), c2.augment(images)):
+        found = [(y, x, flip) for y in range(9) for x in range(9) for flip in (False, True) if torch.equal(
+            (image[:, y:y + 32, x:x + 32].flip(2) if flip else image[:, y:y + 32, x:x + 32]) / 255, ours)]
+        assert len(found) == 1
+        places += found
+    assert len(set(places)) > 20 and len({flip for *_, flip in places}) == 2
+
+
+def test_toy_is_not_for_linear_classifiers():
+    images, labels = c1.toy_images(3000, SEED)
+    assert torch.equal(images, c1.toy_images(3000, SEED)[0])
+    assert not torch.equal(images, c1.toy_images(3000, SEED + 1)[0])
+    assert images.shape == (3000, 3, 32, 32) and labels.unique().tolist() == list(range(10))
+    x = torch.cat([images.flatten(1) / 255, torch.ones(3000, 1)], 1)
+    train, test = x[:2400], x[2400:]
+    dual = torch.linalg.solve(train @ train.T + 10 * torch.eye(2400), F.one_hot(labels[:2400]).float())  # ridge
+    answer = (test @ (train.T @ dual)).argmax(1)
+    assert (answer == labels[2400:]).float().mean() < 0.4  # the tiny networks reach more than 0.9
+
+
+# ---- Chapter 4: the predictor ----------------------------------------------------------------------------------------
+@both
+def test_features_are_one_hot_and_empty_where_a_gene_is_off(net):
+    students = students_of(net, 20)
+    for student, features in zip(students, c4.one_hot(net, students)):
+        at = 0
+        for gene, choices in zip(student, c4.genes(net).values()):
+            assert features[at:at + len(choices)].tolist() == [float(gene == choice) for choice in choices]
+            at += len(choices)
+        assert at == len(features)
+
+
+@both
+def test_the_predictor_recovers_an_additive_function(net):
+    students = c4.draw_students(net, 600, SEED)
+    assert len(set(students)) == 600
+    torch.manual_seed(SEED)
+    effect = torch.randn(c4.one_hot(net, students).shape[1], 2) * torch.tensor([0.01, 0.02])
+    labels = c4.one_hot(net, students) @ effect + torch.tensor([0.8, 0.4])
+    args = SimpleNamespace(net=net, seed=SEED, epochs=30, predictor_lr=1e-3, hidden_layers=3, hidden_width=100)
+    predictor = c4.train_predictor(args, students[:500], labels[:500])
+    error = c4.predict_accuracy(predictor, net, students[500:]) - labels[500:]
+    assert (error.square().mean(0).sqrt() < 0.25 * labels.std(0)).all()
+
+
+def test_the_reported_noise_is_that_of_measuring_on_other_images():
+    generator = torch.Generator().manual_seed(SEED)
+    chance = 0.4 + 0.2 * torch.rand(3000, 2, generator=generator)  # of each student to be right
+    right = torch.rand(3000, 2, 200, generator=generator) < chance[..., None]
+    labels, halves = right.float().mean(2), right[:, :, :100].float().mean(2)
+    again = (torch.rand(3000, 2, 200, generator=generator) < chance[..., None]).float().mean(2)
+    for i, row in enumerate(c4.report(labels, halves, labels[-300:] + 0.01)):
+        assert abs(row["RMSE"] - 0.01) < 1e-6
+        measured = (labels - again)[:, i].square().mean().sqrt().item()
+        assert abs(row["moves on other images"] / measured - 1) < 0.1
+
+
+# ---- Chapter 5: NSGA-II ----------------------------------------------------------------------------------------------
+def beats(a, b, violation_a=0.0, violation_b=0.0):
+    if violation_a != violation_b:
+        return violation_a < violation_b
+    return all(x >= y for x, y in zip(a, b)) and any(x > y for x, y in zip(a, b))
+
+
+def test_non_dominated_sorting_agrees_with_brute_force():
+    rng = np.random.default_rng(SEED)
+    for _ in range(20):
+        points = rng.integers(0, 6, (40, 2)).astype(float)  # many ties
+        violation = rng.choice([0.0, 0.0, 1.0, 2.0], 40)
+        rank = c5.non_dominated_sort(c5.dominance(points, violation))
+        left, expected, level = set(range(40)), {}, 0
+        while left:
+            front = {i for i in left if not any(beats(points[j], points[i], violation[j], violation[i]) for j in left)}
+            expected |= dict.fromkeys(front, level)
+            left, level = left - front, level + 1
+        assert [expected[i] for i in range(40)] == rank.tolist()
+        feasible = rank[violation == 0]
+        assert not len(feasible) or feasible.max() < rank[violation > 0].min(initial=99)
+
+
+def test_crowding_distance_by_hand():
+    points = np.array([[0.0, 10.0], [1.0, 6.0], [4.0, 5.0], [10.0, 0.0]])
+    assert c5.crowding_distance(points).tolist() == [np.inf, 0.4 + 0.5, 0.9 + 0.6, np.inf]
+    assert c5.crowding_distance(np.ones((3, 2))).tolist()[1] == 0
+    order = c5.best_first(np.array([[1.0, 6.0], [0.0, 10.0], [0.0, 0.0], [4.0, 5.0], [10.0, 0.0]]), np.zeros(5))
+    assert set(order[:2]) == {1, 4} and order[2:].tolist() == [3, 0, 2]
+
+
+def test_a_child_takes_its_genes_from_its_parents():
+    net, rng = TINY[0], random.Random(SEED)
+    mother, father = c5.student_at(net, -1), c5.student_at(net, 0)
+    for _ in range(50):
+        child = c5.breed(net, mother, father, 0.0, rng)
+        assert c5.canonical(net, child) == child
+        for gene, m, f, choices in zip(child, mother, father, c5.genes(net).values()):
+            assert gene in (m, f) or f == 0 and gene in choices
+    mutants = [c5.breed(net, mother, mother, 0.1, rng) for _ in range(400)]
+    changed = np.mean([gene != m for child in mutants for gene, m in zip(child[:3], mother)])
+    assert 0.03 < changed < 0.07  # a tenth is drawn anew, of two choices one is the old
+
+
+def test_nsga2_reaches_the_true_front_and_keeps_the_budget():
+    net, rng = TINY[1], np.random.default_rng(SEED)  # 1,764 students: all can be looked at
+    everyone = sorted({c5.canonical(net, s) for s in itertools.product(*c5.genes(net).values())})
+    effect = rng.normal(size=(c5.one_hot(net, everyone).shape[1], 2))
+    effect[:, 1] -= 2 * effect[:, 0]  # what is good for one objective is mostly bad for the other
+
+    def evaluate(students):
+        macs = np.array([c5.cost(net, student)[1] / 1e6 for student in students])
+        return c5.one_hot(net, students).numpy() @ effect, (macs - 1.1).clip(min=0)
+    objectives, violation = evaluate(everyone)
+    true = [i for i in range(len(everyone)) if violation[i] == 0 and not any(
+        violation[j] == 0 and beats(objectives[j], objectives[i]) for j in range(len(everyone)))]
+    assert len(true) > 5
+    first, (students, found, exceeded) = c5.nsga2(net, evaluate, 60, 60, 0.1, SEED)
+    assert len(set(students)) == len(students) == 60 and all(c5.canonical(net, s) == s for s in students)
+    front = {s for s, rank in zip(students, c5.non_dominated_sort(c5.dominance(found, exceeded))) if rank == 0}
+    assert (exceeded[:len(front)] == 0).all()
+    assert front == {everyone[i] for i in true}
+    assert set(first[0]) != set(students) and len(set(first[0]) & front) < len(front)  # it was not there from the start
+
+    def tightest(students):  # the smallest student's budget: it is the one answer
+        return evaluate(students)[0], np.array([c5.cost(net, student)[1] - 624128 for student in students]).clip(0)
+    assert c5.nsga2(net, tightest, 20, 3, 0.1, SEED)[1][0][0] == c5.student_at(net, 0)
+
+
+# ---- The chain -------------------------------------------------------------------------------------------------------
+@pytest.fixture(params=["resnet50", "mbv3"])
+def chain(request, chains):
+    return request.param, *chains(request.param)
+
+
+def test_the_chain_runs_and_each_stage_says_what_comes_next(chain):
+    name, out, printed = chain
+    names = {"01_dynamic_net.pt", "01_students.csv", "02_teacher.pt", "02_log.csv", "03_progressive.pt",
+             "03_progressive_log.csv", "04_students.csv", "04_students.pt", "04_predictions.csv", "04_predictor.pt",
+             "05_population.csv", "05_front.csv", "05_best.csv", "05_search.pt", "05_student.pt2"}
+    assert {path.name for path in out.iterdir()} == names
+    for script in CHAPTERS[2:]:
+        assert f"next: python {script}.py" in printed
+    assert "left" in printed and "Traceback" not in printed and "Warning" not in printed
+    for script in CHAPTERS:  # finished stages say so and do nothing
+        before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+        assert "earlier" in run(out.parent.parent, script, "--dataset", "toy", "--net", name, "--seed", SEED)
+        assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
+
+
+def test_the_teacher_and_the_students_are_robust(chain):
+    name, out, _ = chain
+    net = c1.NETWORKS[name, "tiny"]
+    teacher = torch.load(out / "02_teacher.pt", weights_only=True)
+    log = rows_of(out / "02_log.csv")
+    assert len(log) == 5 and float(log[-1]["loss"]) < float(log[0]["loss"])
+    assert teacher["robust"] == max(float(row["robust"]) for row in log)
+    assert teacher["natural"] > teacher["robust"] > 0.25  # chance is 0.1
+    log = rows_of(out / "03_progressive_log.csv")
+    assert len(log) == 6 and float(log[-1]["robust_smallest"]) > float(log[1]["robust_smallest"])
+    students = rows_of(out / "04_students.csv")
+    assert len(students) == 40 and [*students[0]] == [*c1.genes(net), *c4.MEASURED]
+    for column, floor in (("natural", 0.3), ("robust", 0.2)):
+        assert np.mean([float(row[column]) for row in students]) > floor
+    assert all(float(row["robust"]) <= float(row["natural"]) for row in students)
+    assert len(rows_of(out / "04_predictions.csv")) == 10
+
+
+def test_the_search_keeps_its_budget_and_judges_for_real(chain):
+    name, out, _ = chain
+    net = c1.NETWORKS[name, "tiny"]
+    largest, best = rows_of(out / "05_best.csv")
+    assert int(best["macs"]) <= 1e6 * float(rows_of(out / "05_front.csv")[0]["max_macs"]) < int(largest["macs"])
+    student = tuple(next(choice for choice in (0, *choices) if choice == float(best[gene]))
+                    for gene, choices in c1.genes(net).items())
+    assert c1.cost(net, student) == (int(best["params"]), int(best["macs"]))
+    assert float(best["natural"]) > float(best["fgsm"]) >= float(best["pgd20"]) - 0.02 > 0.1
+    assert {row["generation"] for row in rows_of(out / "05_population.csv")} == {"first", "last"}
+
+
+def test_the_exported_student_needs_none_of_this_code(chain, tmp_path):
+    name, out, _ = chain
+    data = torch.load(out.parent.parent / f"data/toy-{SEED}.pt", weights_only=True)
+    torch.save((data["test"] / 255, data["test_labels"]), tmp_path / "test.pt")
+    code = ("import torch; student = torch.export.load('student.pt2').module(); x, y = torch.load('test.pt');"
+            "print((student(x).argmax(1) == y).float().mean().item(), student(x[:1]).shape[1])")
+    shutil.copy(out / "05_student.pt2", tmp_path / "student.pt2")
+    accuracy, classes = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, text=True,
+                                       stdout=subprocess.PIPE, env=ONE_THREAD).stdout.split()
+    assert abs(float(accuracy) - float(rows_of(out / "05_best.csv")[1]["natural"])) < 0.005 and classes == "10"
+
+
+def test_a_folder_of_images_and_a_run_that_is_stopped(images, tmp_path):
+    words = ["--dataset", images, *SMALL, "--epochs", 4]
+    run(tmp_path, "02_teacher_trades", *words, "--out", "whole")
+    data = torch.load(next((tmp_path / "data").glob("shades-*.pt")), weights_only=True)
+    assert data["classes"] == 3 and [len(data[part]) for part in ("train", "held_out", "test")] == [162, 18, 45]
+    means = [data["test"][data["test_labels"] == label].float().mean() for label in range(3)]
+    assert means[0] > means[2] > means[1]  # bright, dark, middling: the folders in alphabetical order
+    command = [sys.executable, HERE / "02_teacher_trades.py", *map(str, words), "--out", "stopped"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "stopped/02_log.csv").exists():  # after the first epoch
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "stopped/02_teacher.pt").exists()
+    assert "epochs 4, not 5" in run(tmp_path, "02_teacher_trades", *words[:-1], 5, "--out", "stopped", code=2)
+    assert "continuing" in run(tmp_path, "02_teacher_trades", *words, "--out", "stopped")
+    whole, stopped = (torch.load(tmp_path / out / "02_teacher.pt", weights_only=True) for out in ("whole", "stopped"))
+    assert all(torch.equal(whole["weights"][name], stopped["weights"][name]) for name in whole["weights"])
+    rows = [rows_of(tmp_path / out / "02_log.csv") for out in ("whole", "stopped")]
+    assert [{**row, "seconds": 0} for row in rows[0]] == [{**row, "seconds": 0} for row in rows[1]]
+
+
+# ---- Bad input: one line, exit code 2, nothing lost ------------------------------------------------------------------
+def copy_of(out, tmp_path, *without):
+    folder = tmp_path / "runs/toy-mbv3"
+    shutil.copytree(out, folder, ignore=shutil.ignore_patterns(*without))
+    os.symlink(out.parent.parent / "data", tmp_path / "data")
+    return folder
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--net", "vgg"], "invalid choice: 'vgg'"),
+    (["--dataset", "nowhere"], "cifar10, cifar100 or toy, nor a folder with train/ and test/ (train and test missing)"),
+    (["--device", "cuda:99"], "no such device"),
+    (["--device", "gpu"], "no such device"),
+    (["--dataset", "toy", "--students", "0"], "--students must be above 0"),
+    (["--dataset", "toy", "--seed", "-1"], "--seed must be between"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_bad_flags(tmp_path, words, says):
+    assert says in run(tmp_path, "01_dynamic_net", *words, code=2)
+    assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda root: shutil.rmtree(root / "test"), "(test missing)"),
+    (lambda root: [path.unlink() for path in (root / "train/dark").iterdir()], "dark"),
+    (lambda root: (root / "train/dark/7.png").write_bytes(b"not a picture"), "train/dark/7.png does not decode"),
+    (lambda root: (root / "test/bright/3.png").write_bytes((root / "test/bright/3.png").read_bytes()[:500]),
+     "test/bright/3.png does not decode"),
+    (lambda root: shutil.rmtree(root / "test/dark"), "train/ and test/ differ in ['dark']"),
+], ids=["no test folder", "empty class", "no image", "cut image", "other classes"])
+def test_bad_folders(images, tmp_path, spoil, says):
+    shutil.copytree(images, tmp_path / "images")
+    spoil(tmp_path / "images")
+    assert says in run(tmp_path, "01_dynamic_net", "--dataset", "images", "--preset", "tiny", code=2)
+    assert not (tmp_path / "data").exists() and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda path: path.write_bytes(path.read_bytes()[:2000]), "cut short"),
+    (lambda path: path.write_bytes(b""), "cut short"),
+    (lambda path: torch.save({**torch.load(path), "weights": {}}, path), "weights of this network"),
+    (lambda path: torch.save({**torch.load(path), "settings": {"net": "resnet50"}}, path), "net resnet50, not mbv3"),
+    (lambda path: torch.save({**torch.load(path), "settings": {**torch.load(path)["settings"], "dataset": "cifar10"}},
+                             path), "dataset cifar10, not toy"),
+    (lambda path: torch.save({**torch.load(path), "settings": {**torch.load(path)["settings"], "preset": "paper"}},
+                             path), "preset paper, not tiny"),
+    (lambda path: torch.save({**torch.load(path), "settings": {**torch.load(path)["settings"], "classes": 3}}, path),
+     "classes 3, not 10"),
+], ids=["cut", "empty", "no weights", "other network", "other data set", "other preset", "other classes"])
+def test_bad_checkpoints(chains, tmp_path, spoil, says):
+    folder = copy_of(chains("mbv3")[0], tmp_path, "03*", "04*", "05*")
+    spoil(folder / "02_teacher.pt")
+    message = run(tmp_path, "03_progressive_rslad", "--dataset", "toy", "--net", "mbv3", "--seed", SEED, code=2)
+    assert says in message and "02_teacher.pt" in message
+    assert not list(folder.glob("03*"))
+
+
+def edit_row(path, number, column, value):
+    lines = path.read_text().split("\n")
+    cells = lines[number].split(",")
+    cells[lines[0].split(",").index(column)] = value
+    lines[number] = ",".join(cells)
+    path.write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda path: edit_row(path, 0, "robust", "sturdy"), "robust is missing"),
+    (lambda path: edit_row(path, 5, "natural", "high"), "line 6: could not convert string to float: 'high'"),
+    (lambda path: path.write_text(path.read_text()[:-9]), "its last row is cut short"),
+    (lambda path: path.write_text(path.read_text().rpartition(",")[0] + "\n"), "line 41 does not hold"),
+    (lambda path: edit_row(path, 3, "kernel_1_1", "4"), "line 4: kernel_1_1 is 4, not one of (3, 5)"),
+    (lambda path: edit_row(path, 3, "natural", "nan"), "line 4 does not hold"),
+    (lambda path: path.write_text(path.read_text() + path.read_text().split("\n")[-2] + "\n"), "more than 40 students"),
+], ids=["column", "word", "cut", "short", "gene", "nan", "long"])
+def test_bad_tables(chains, tmp_path, spoil, says):
+    folder = copy_of(chains("mbv3")[0], tmp_path, "04_pred*", "05*")
+    spoil(folder / "04_students.csv")
+    before = (folder / "04_students.csv").read_bytes()
+    message = run(tmp_path, "04_predictor", "--dataset", "toy", "--net", "mbv3", "--seed", SEED, code=2)
+    assert says in message and "04_students.csv" in message
+    assert (folder / "04_students.csv").read_bytes() == before and not list(folder.glob("04_pred*"))
+
+
+def test_other_bad_input(chains, tmp_path, images):
+    folder = copy_of(chains("mbv3")[0], tmp_path, "05*")
+    words = ["--dataset", "toy", "--net", "mbv3", "--seed", SEED]
+    for budget in (0.5, "nan"):
+        assert "must be at least 0.6241" in run(tmp_path, "05_nsga2", *words, "--max-macs", 1, budget, code=2)
+    assert "students 40, not 39" in run(tmp_path, "04_predictor", *words, "--students", 39, code=2)
+    assert "--test-students must be" in run(tmp_path, "04_predictor", *words, "--test-students", 40, "--restart", code=2)
+    (folder / "02_teacher.pt").unlink()
+    message = run(tmp_path, "02_teacher_trades", *words, "--lr", 1e30, "--warmup", 0.001, code=2)
+    assert "the loss is not finite in epoch 1, iteration " in message and not (folder / "02_teacher.pt").exists()
+    no_folder = images / "test/dark/0.png"
+    assert "could not be written" in run(tmp_path, "01_dynamic_net", *words, "--out", no_folder, code=2)
+
+
+def test_a_download_that_fails(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("offline")
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    message = run(tmp_path, "01_dynamic_net", "--dataset", "cifar10", "--data-dir", "empty", code=2)
+    assert "could not be downloaded" in message and "put cifar-10-python.tar.gz into empty" in message
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, *sys.argv[1:]]))

@@ -13,7 +13,7 @@ of its sizes computes.
     python 01_dynamic_net.py --dataset toy                     # the tiny network, a few seconds
     python 01_dynamic_net.py --dataset cifar10 --net mbv3      # the paper's Dyn-MobileNetV3
 
-reads   nothing (of a folder given to --dataset, the names of its classes)
+reads   the images of --dataset, which it decodes once, into --data-dir, for all chapters
 writes  01_dynamic_net.pt   the shared weights, drawn at random: what chapter 2 trains
         01_students.csv     a row per student of the table: its genes, parameters and MACs
 """
@@ -43,9 +43,10 @@ STAGE = {  # flag: (paper, quick, tiny, help)
 
 # ---- The lesson: a network that contains networks --------------------------------------------------------------------
 def count_students(net: Net) -> int:
-    """How many different students the network holds, exactly (section 4.3; the paper's estimate is 2e19 for both).
+    """How many genotypes the network holds, exactly (section 4.3; the paper's estimate is 2e19 for both).
 
     The genes of a block that is switched off do not count: a stage of n active blocks has (choices per block)^n forms.
+    Some genotypes are the same network, where channels are rounded to the same multiple of 8.
     """
     per_block = len(net.expand) * max(1, len(net.kernel))
     total = 2 * len(net.width) ** (2 + len(net.stages)) if net.width else 1  # the stem's depth; widths of m, s, stages
@@ -127,7 +128,7 @@ def canonical(net: Net, student: tuple) -> tuple:
     """The one genotype of a student: genes of blocks that its depth genes switch off are 0."""
     value = dict(zip(genes(net), student))
     active = {str(s): stage[1] + value[f"depth_{s}"] for s, stage in enumerate(net.stages, 1)}
-    parts = (name.split("_") for name in value)
+    parts = (name.split("_") for name in value)  # three of them, as in expand_2_3, is a block's gene
     return tuple(0 if len(part) == 3 and int(part[2]) > active[part[1]] else gene
                  for part, gene in zip(parts, student))
 
@@ -181,9 +182,9 @@ def blocks_of(net: Net, student: tuple) -> tuple[Block, ...]:
     for s, (width, base_depth, stride, *act_and_gate) in enumerate(net.stages, 1):
         out = divisible(width * gene[f"width_{s}"]) if net.width else width
         for b in range(1, base_depth + gene[f"depth_{s}"] + 1):
-            expand, step = gene[f"expand_{s}_{b}"], stride if b == 1 else 1
-            blocks.append(bottleneck(f"{s}_{b}", inp, out, expand, step) if net.width else inverted_bottleneck(
-                f"{s}_{b}", inp, out, gene[f"kernel_{s}_{b}"], expand, step, *act_and_gate))
+            expand, block_stride = gene[f"expand_{s}_{b}"], stride if b == 1 else 1
+            blocks.append(bottleneck(f"{s}_{b}", inp, out, expand, block_stride) if net.width else inverted_bottleneck(
+                f"{s}_{b}", inp, out, gene[f"kernel_{s}_{b}"], expand, block_stride, *act_and_gate))
             inp = out
     if net.head:
         blocks += [Block((Layer("head_1", inp, net.head[0], act="hswish"),)),
@@ -293,11 +294,12 @@ class Standalone(nn.Module):
 
 # ---- Data: every image is decoded once, and lives on the device as uint8 ---------------------------------------------
 def data_file(args) -> Path:
-    """The cache of --dataset's images, which chapter 1 writes; a folder's changes with the files in it."""
+    """The cache of --dataset's images, which chapter 1 writes; another one when a folder gains or loses files."""
     if args.dataset in ("cifar10", "cifar100", "toy"):
         return args.data_dir / (f"toy-{args.seed}.pt" if args.dataset == "toy" else f"{args.dataset}.pt")
-    found = [(str(folder.resolve()), folder.stat().st_mtime_ns) for folder in sorted(Path(args.dataset).glob("t*/*"))]
-    return args.data_dir / f"{args.name}-{hashlib.sha256(repr(found).encode()).hexdigest()[:12]}.pt"
+    folders = [folder.resolve() for folder in sorted(Path(args.dataset).glob("t*/*")) if folder.is_dir()]
+    found = repr([(str(folder), folder.stat().st_mtime_ns) for folder in folders])
+    return args.data_dir / f"{args.name}-{hashlib.sha256(found.encode()).hexdigest()[:12]}.pt"
 
 
 def load_data(args) -> dict[str, Tensor]:
@@ -333,7 +335,8 @@ def write(path: Path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
         fail(f"{path} could not be written: {error.strerror}")
 
 
@@ -361,7 +364,7 @@ def read_flags(stage: dict, **others: dict) -> argparse.Namespace:
     parser.error = fail
     parser.add_argument("--dataset", default="cifar10", metavar="cifar10|cifar100|toy|PATH",
                         help="PATH: a folder with train/<class>/* and test/<class>/* images")
-    parser.add_argument("--net", default="resnet50", choices=("resnet50", "mbv3"))
+    parser.add_argument("--net", default="resnet50", choices=sorted({name for name, _ in NETWORKS}))
     parser.add_argument("--preset", choices=("paper", "quick", "tiny"), help="default: paper, for toy tiny")
     parser.add_argument("--out", type=Path, help="folder of all chapters' files (default: runs/<dataset>-<net>)")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of the cached images")
@@ -387,7 +390,7 @@ def read_flags(stage: dict, **others: dict) -> argparse.Namespace:
         fail("--seed must be between 0 and a million")
     args.name = Path(args.dataset).resolve().name
     args.out = args.out or Path("runs", f"{args.name}-{args.net}")
-    args.common = {"dataset": args.name, "net": args.net, "preset": args.preset}
+    args.common = {"dataset": data_file(args).stem, "net": args.net, "preset": args.preset}
     args.settings = {**args.common, "seed": args.seed, **{name: getattr(args, name) for name in (*stage, *others)}}
     args.net = NETWORKS[args.net, "tiny" if args.preset == "tiny" else "paper"]
     try:
@@ -403,7 +406,7 @@ def need(args, path: Path, script: str, *words: str) -> Path:
     if not path.exists():
         print(f"{path} is missing: running {script}\n", flush=True)
         if subprocess.run([sys.executable, Path(__file__).with_name(script), *args.given, *words]).returncode:
-            raise SystemExit(2)  # it has said why
+            raise SystemExit(2)  # it has said why, unless it was killed
     return path
 
 

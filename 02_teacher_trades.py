@@ -38,7 +38,7 @@ from torch import Tensor
 
 STAGE = {  # flag: (paper, quick, tiny, help)
     "epochs": (300, 10, 5, "epochs of adversarial training; paper: 300 (section 5.0.1)"),
-    "lr": (0.01, 0.05, 0.15, "highest learning rate, a cosine to 0 follows; paper: 0.01 (section 5.0.1)"),
+    "lr": (0.01, 0.05, 0.15, "learning rate, under a warm-up and a cosine to 0; paper: 0.01 (section 5.0.1)"),
     "warmup": (5 / 300, 0.1, 0.2, "share of the iterations before --lr is reached; released code: 5 epochs"),
     "momentum": (0.9, 0.9, 0.9, "of SGD; paper: 0.9 (section 5.0.1)"),
     "weight_decay": (2e-4, 2e-4, 2e-4, "of SGD; paper: 2e-4 (section 5.0.1)"),
@@ -54,7 +54,7 @@ STAGE = {  # flag: (paper, quick, tiny, help)
 
 # ---- The lesson: TRADES ----------------------------------------------------------------------------------------------
 def trades_loss(weights: dict, blocks: tuple, x: Tensor, y: Tensor, args) -> tuple[Tensor, Tensor, Tensor]:
-    """CE(f(x), y) + beta * KL(f(x) || f(x')), where x' is the attack's answer; returns (loss, CE, KL).
+    """CE(f(x), y) + beta * KL(f(x) || f(x')), where x' is what PGD finds by climbing the KL; returns (loss, CE, KL).
 
     x (B, 3, 32, 32) in [0, 1], y (B,). Equation 1 with the losses of TRADES; batch statistics throughout.
     """
@@ -139,7 +139,7 @@ def canonical(net: Net, student: tuple) -> tuple:
     """The one genotype of a student: genes of blocks that its depth genes switch off are 0."""
     value = dict(zip(genes(net), student))
     active = {str(s): stage[1] + value[f"depth_{s}"] for s, stage in enumerate(net.stages, 1)}
-    parts = (name.split("_") for name in value)
+    parts = (name.split("_") for name in value)  # three of them, as in expand_2_3, is a block's gene
     return tuple(0 if len(part) == 3 and int(part[2]) > active[part[1]] else gene
                  for part, gene in zip(parts, student))
 
@@ -187,9 +187,9 @@ def blocks_of(net: Net, student: tuple) -> tuple[Block, ...]:
     for s, (width, base_depth, stride, *act_and_gate) in enumerate(net.stages, 1):
         out = divisible(width * gene[f"width_{s}"]) if net.width else width
         for b in range(1, base_depth + gene[f"depth_{s}"] + 1):
-            expand, step = gene[f"expand_{s}_{b}"], stride if b == 1 else 1
-            blocks.append(bottleneck(f"{s}_{b}", inp, out, expand, step) if net.width else inverted_bottleneck(
-                f"{s}_{b}", inp, out, gene[f"kernel_{s}_{b}"], expand, step, *act_and_gate))
+            expand, block_stride = gene[f"expand_{s}_{b}"], stride if b == 1 else 1
+            blocks.append(bottleneck(f"{s}_{b}", inp, out, expand, block_stride) if net.width else inverted_bottleneck(
+                f"{s}_{b}", inp, out, gene[f"kernel_{s}_{b}"], expand, block_stride, *act_and_gate))
             inp = out
     if net.head:
         blocks += [Block((Layer("head_1", inp, net.head[0], act="hswish"),)),
@@ -313,11 +313,12 @@ def judge(predict, images: Tensor, labels: Tensor, eps: float, step_size: float,
 
 # ---- Data: every image is decoded once, and lives on the device as uint8 ---------------------------------------------
 def data_file(args) -> Path:
-    """The cache of --dataset's images, which chapter 1 writes; a folder's changes with the files in it."""
+    """The cache of --dataset's images, which chapter 1 writes; another one when a folder gains or loses files."""
     if args.dataset in ("cifar10", "cifar100", "toy"):
         return args.data_dir / (f"toy-{args.seed}.pt" if args.dataset == "toy" else f"{args.dataset}.pt")
-    found = [(str(folder.resolve()), folder.stat().st_mtime_ns) for folder in sorted(Path(args.dataset).glob("t*/*"))]
-    return args.data_dir / f"{args.name}-{hashlib.sha256(repr(found).encode()).hexdigest()[:12]}.pt"
+    folders = [folder.resolve() for folder in sorted(Path(args.dataset).glob("t*/*")) if folder.is_dir()]
+    found = repr([(str(folder), folder.stat().st_mtime_ns) for folder in folders])
+    return args.data_dir / f"{args.name}-{hashlib.sha256(found.encode()).hexdigest()[:12]}.pt"
 
 
 def load_data(args) -> dict[str, Tensor]:
@@ -346,7 +347,7 @@ class Training:
     randomness of an iteration comes from the seed and its number, so a continued run is the run that never stopped."""
     save_every = 300  # seconds between two saves inside an epoch
 
-    def __init__(self, args, name: str, shared: dict[str, Tensor], data: dict, steps: int, columns: tuple):
+    def __init__(self, args, name: str, shared: dict[str, Tensor], data: dict, rounds: int, columns: tuple):
         self.args, self.name, self.shared, self.data, self.columns = args, name, shared, data, columns
         self.batch = min(args.batch_size, len(data["train"]))
         self.per_epoch = len(data["train"]) // self.batch  # an incomplete last batch is left out
@@ -354,7 +355,7 @@ class Training:
         self.losses = torch.zeros(self.per_epoch, len(columns), device=args.device)
         self.optimizer = torch.optim.SGD(shared.values(), args.lr, args.momentum, weight_decay=args.weight_decay)
         self.state = args.out / f"{name}_state.pt"
-        if self.state.exists() and not args.restart:
+        if self.state.exists():
             state = load(self.state, args.settings, args.net)
             for key, weight in state["weights"].items():
                 shared[key].data.copy_(weight)
@@ -362,7 +363,7 @@ class Training:
             self.losses.copy_(state["losses"])
             self.done, self.rows, self.best, self.seconds = state["progress"]
             print(f"continuing {self.state} after iteration {self.done}", flush=True)
-        self.total = steps * args.epochs * self.per_epoch
+        self.total = rounds * args.epochs * self.per_epoch
         self.progress = Progress(self.total, "iterations", self.done)
 
     def batches(self):
@@ -373,8 +374,8 @@ class Training:
         for i in range(first, self.per_epoch):
             if time.monotonic() - self.saved > self.save_every:
                 self.save()
-            step = self.args.epochs * self.per_epoch  # iterations; in each step a linear warm-up, then a cosine to 0
-            share = (self.done % step + 1) / step
+            length = self.args.epochs * self.per_epoch  # iterations of a round: a linear warm-up, a cosine to 0
+            share = (self.done % length + 1) / length
             self.optimizer.param_groups[0]["lr"] = self.args.lr * min(
                 share / self.args.warmup, (1 + math.cos(math.pi * share)) / 2)
             torch.manual_seed(self.args.seed * 10 ** 9 + self.done)
@@ -428,7 +429,8 @@ def write(path: Path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
         fail(f"{path} could not be written: {error.strerror}")
 
 
@@ -456,7 +458,7 @@ def read_flags(stage: dict, **others: dict) -> argparse.Namespace:
     parser.error = fail
     parser.add_argument("--dataset", default="cifar10", metavar="cifar10|cifar100|toy|PATH",
                         help="PATH: a folder with train/<class>/* and test/<class>/* images")
-    parser.add_argument("--net", default="resnet50", choices=("resnet50", "mbv3"))
+    parser.add_argument("--net", default="resnet50", choices=sorted({name for name, _ in NETWORKS}))
     parser.add_argument("--preset", choices=("paper", "quick", "tiny"), help="default: paper, for toy tiny")
     parser.add_argument("--out", type=Path, help="folder of all chapters' files (default: runs/<dataset>-<net>)")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of the cached images")
@@ -482,7 +484,7 @@ def read_flags(stage: dict, **others: dict) -> argparse.Namespace:
         fail("--seed must be between 0 and a million")
     args.name = Path(args.dataset).resolve().name
     args.out = args.out or Path("runs", f"{args.name}-{args.net}")
-    args.common = {"dataset": args.name, "net": args.net, "preset": args.preset}
+    args.common = {"dataset": data_file(args).stem, "net": args.net, "preset": args.preset}
     args.settings = {**args.common, "seed": args.seed, **{name: getattr(args, name) for name in (*stage, *others)}}
     args.net = NETWORKS[args.net, "tiny" if args.preset == "tiny" else "paper"]
     try:
@@ -498,7 +500,7 @@ def need(args, path: Path, script: str, *words: str) -> Path:
     if not path.exists():
         print(f"{path} is missing: running {script}\n", flush=True)
         if subprocess.run([sys.executable, Path(__file__).with_name(script), *args.given, *words]).returncode:
-            raise SystemExit(2)  # it has said why
+            raise SystemExit(2)  # it has said why, unless it was killed
     return path
 
 
@@ -539,11 +541,15 @@ def main():
     shared = load(need(args, args.out / "01_dynamic_net.pt", "01_dynamic_net.py"), args.common, args.net)["weights"]
     shared = {name: weight.to(args.device).requires_grad_() for name, weight in shared.items()}
     print(f"TRADES on {len(data['train'])} images, {args.epochs} epochs", flush=True)
+    if args.restart:
+        for old in (checkpoint, args.out / "02_state.pt"):
+            old.unlink(missing_ok=True)
     best = train_teacher(args, shared, data)
     write(checkpoint, {"settings": args.settings, **best})
     (args.out / "02_state.pt").unlink(missing_ok=True)
 
-    teacher = calibrated(best["weights"], args.net, student_at(args.net, -1), data["train"][:args.calibration_images])
+    weights = {name: weight.to(args.device) for name, weight in best["weights"].items()}
+    teacher = calibrated(weights, args.net, student_at(args.net, -1), data["train"][:args.calibration_images])
     natural, robust = judge(teacher, data["test"], data["test_labels"], args.eps / 255, 2 / 255, 20)
     rows = [{"teacher on": f"held-out training images, PGD-{args.steps}", "natural": best["natural"],
              "robust": best["robust"]},

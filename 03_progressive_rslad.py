@@ -39,7 +39,7 @@ from torch import Tensor
 
 STAGE = {  # flag: (paper, quick, tiny, help)
     "epochs": (120, 4, 2, "epochs of each of the three steps; paper: 120 (section 5.0.1)"),
-    "lr": (0.01, 0.02, 0.05, "highest learning rate of each step, a cosine to 0 follows; paper: 0.01 (section 5.0.1)"),
+    "lr": (0.01, 0.02, 0.05, "learning rate, under a warm-up and a cosine to 0 in each step; paper: 0.01 (5.0.1)"),
     "warmup": (5 / 120, 0.1, 0.1, "share of each step's iterations before --lr is reached; not in the paper"),
     "momentum": (0.9, 0.9, 0.9, "of SGD; paper: 0.9 (section 5.0.1)"),
     "weight_decay": (2e-4, 2e-4, 2e-4, "of SGD; paper: 2e-4 (section 5.0.1)"),
@@ -62,8 +62,8 @@ STEPS = (("width", "kernel"), ("width", "kernel", "depth"), ("width", "kernel", 
 def rslad_loss(weights: dict, blocks: tuple, x: Tensor, target: Tensor, args) -> tuple[Tensor, Tensor, Tensor]:
     """(1 - alpha) KL(T(x) || S(x)) + alpha KL(T(x) || S(x')), equation 2; returns (loss, natural KL, adversarial KL).
 
-    x (B, 3, 32, 32) in [0, 1]; target (B, classes) is T(x), the teacher's natural soft labels; x' is the attack's
-    maximiser of the second KL. Batch statistics throughout.
+    x (B, 3, 32, 32) in [0, 1]; target (B, classes) is T(x), the teacher's natural soft labels (the paper's KL(S, T) has
+    F.kl_div's order); x' is what PGD finds by climbing the second KL. Batch statistics throughout.
     """
     frozen = {name: weight.detach() for name, weight in weights.items()}  # the attack needs no gradient of the weights
     x_adv = pgd(lambda x: forward(frozen, blocks, x), x, lambda logits: kl(logits, target),
@@ -81,7 +81,8 @@ def sort_channels(shared: dict[str, Tensor], net: Net):
         if len(block.main) == 3:
             reduce, middle, last = block.main
             order = shared[f"{last.name}.conv.weight"].abs().sum((0, 2, 3)).argsort(descending=True)
-            places = [(reduce, 0), (middle, 0), (last, 1), *zip(block.gate, (1, 0))]  # dimension 0 writes, 1 reads
+            # (layer, dimension to reorder): 0 are its outputs, with bias and batch norm; 1 its inputs.
+            places = [(reduce, 0), (middle, 0), (last, 1), *zip(block.gate, (1, 0))]
             for layer, dim in places + ([(middle, 1)] if middle.groups == 1 else []):
                 for part in ("conv.weight", *(layer.tail if dim == 0 else ())):
                     weight = shared[f"{layer.name}.{part}"]
@@ -89,7 +90,7 @@ def sort_channels(shared: dict[str, Tensor], net: Net):
 
 
 def validate(args, shared: dict[str, Tensor], data: dict) -> dict[str, float]:
-    """Natural and robust accuracy of the largest, the smallest and a middle student on held-out training images."""
+    """Natural and robust accuracy of the largest, a middle (all second choices) and the smallest student, held-out."""
     accuracy = {}
     images, labels = (data[name][:args.val_images] for name in ("held_out", "held_out_labels"))
     for size, place in (("largest", -1), ("middle", 1), ("smallest", 0)):
@@ -115,7 +116,7 @@ def train_students(args, teacher, shared: dict[str, Tensor], data: dict) -> dict
             with torch.no_grad():
                 target = teacher(x).softmax(1)
             losses = rslad_loss(weights, blocks, x, target, args)
-            run.optimizer.zero_grad()  # to None: weights outside the slice are not touched, not even by weight decay
+            run.optimizer.zero_grad()  # to None: layers the student lacks are not touched, not even by weight decay
             losses[0].backward()
             run.optimizer.step()
             run.losses[i] = torch.stack(losses).detach()
@@ -172,7 +173,7 @@ def canonical(net: Net, student: tuple) -> tuple:
     """The one genotype of a student: genes of blocks that its depth genes switch off are 0."""
     value = dict(zip(genes(net), student))
     active = {str(s): stage[1] + value[f"depth_{s}"] for s, stage in enumerate(net.stages, 1)}
-    parts = (name.split("_") for name in value)
+    parts = (name.split("_") for name in value)  # three of them, as in expand_2_3, is a block's gene
     return tuple(0 if len(part) == 3 and int(part[2]) > active[part[1]] else gene
                  for part, gene in zip(parts, student))
 
@@ -226,9 +227,9 @@ def blocks_of(net: Net, student: tuple) -> tuple[Block, ...]:
     for s, (width, base_depth, stride, *act_and_gate) in enumerate(net.stages, 1):
         out = divisible(width * gene[f"width_{s}"]) if net.width else width
         for b in range(1, base_depth + gene[f"depth_{s}"] + 1):
-            expand, step = gene[f"expand_{s}_{b}"], stride if b == 1 else 1
-            blocks.append(bottleneck(f"{s}_{b}", inp, out, expand, step) if net.width else inverted_bottleneck(
-                f"{s}_{b}", inp, out, gene[f"kernel_{s}_{b}"], expand, step, *act_and_gate))
+            expand, block_stride = gene[f"expand_{s}_{b}"], stride if b == 1 else 1
+            blocks.append(bottleneck(f"{s}_{b}", inp, out, expand, block_stride) if net.width else inverted_bottleneck(
+                f"{s}_{b}", inp, out, gene[f"kernel_{s}_{b}"], expand, block_stride, *act_and_gate))
             inp = out
     if net.head:
         blocks += [Block((Layer("head_1", inp, net.head[0], act="hswish"),)),
@@ -352,11 +353,12 @@ def judge(predict, images: Tensor, labels: Tensor, eps: float, step_size: float,
 
 # ---- Data: every image is decoded once, and lives on the device as uint8 ---------------------------------------------
 def data_file(args) -> Path:
-    """The cache of --dataset's images, which chapter 1 writes; a folder's changes with the files in it."""
+    """The cache of --dataset's images, which chapter 1 writes; another one when a folder gains or loses files."""
     if args.dataset in ("cifar10", "cifar100", "toy"):
         return args.data_dir / (f"toy-{args.seed}.pt" if args.dataset == "toy" else f"{args.dataset}.pt")
-    found = [(str(folder.resolve()), folder.stat().st_mtime_ns) for folder in sorted(Path(args.dataset).glob("t*/*"))]
-    return args.data_dir / f"{args.name}-{hashlib.sha256(repr(found).encode()).hexdigest()[:12]}.pt"
+    folders = [folder.resolve() for folder in sorted(Path(args.dataset).glob("t*/*")) if folder.is_dir()]
+    found = repr([(str(folder), folder.stat().st_mtime_ns) for folder in folders])
+    return args.data_dir / f"{args.name}-{hashlib.sha256(found.encode()).hexdigest()[:12]}.pt"
 
 
 def load_data(args) -> dict[str, Tensor]:
@@ -385,7 +387,7 @@ class Training:
     randomness of an iteration comes from the seed and its number, so a continued run is the run that never stopped."""
     save_every = 300  # seconds between two saves inside an epoch
 
-    def __init__(self, args, name: str, shared: dict[str, Tensor], data: dict, steps: int, columns: tuple):
+    def __init__(self, args, name: str, shared: dict[str, Tensor], data: dict, rounds: int, columns: tuple):
         self.args, self.name, self.shared, self.data, self.columns = args, name, shared, data, columns
         self.batch = min(args.batch_size, len(data["train"]))
         self.per_epoch = len(data["train"]) // self.batch  # an incomplete last batch is left out
@@ -393,7 +395,7 @@ class Training:
         self.losses = torch.zeros(self.per_epoch, len(columns), device=args.device)
         self.optimizer = torch.optim.SGD(shared.values(), args.lr, args.momentum, weight_decay=args.weight_decay)
         self.state = args.out / f"{name}_state.pt"
-        if self.state.exists() and not args.restart:
+        if self.state.exists():
             state = load(self.state, args.settings, args.net)
             for key, weight in state["weights"].items():
                 shared[key].data.copy_(weight)
@@ -401,7 +403,7 @@ class Training:
             self.losses.copy_(state["losses"])
             self.done, self.rows, self.best, self.seconds = state["progress"]
             print(f"continuing {self.state} after iteration {self.done}", flush=True)
-        self.total = steps * args.epochs * self.per_epoch
+        self.total = rounds * args.epochs * self.per_epoch
         self.progress = Progress(self.total, "iterations", self.done)
 
     def batches(self):
@@ -412,8 +414,8 @@ class Training:
         for i in range(first, self.per_epoch):
             if time.monotonic() - self.saved > self.save_every:
                 self.save()
-            step = self.args.epochs * self.per_epoch  # iterations; in each step a linear warm-up, then a cosine to 0
-            share = (self.done % step + 1) / step
+            length = self.args.epochs * self.per_epoch  # iterations of a round: a linear warm-up, a cosine to 0
+            share = (self.done % length + 1) / length
             self.optimizer.param_groups[0]["lr"] = self.args.lr * min(
                 share / self.args.warmup, (1 + math.cos(math.pi * share)) / 2)
             torch.manual_seed(self.args.seed * 10 ** 9 + self.done)
@@ -467,7 +469,8 @@ def write(path: Path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
         fail(f"{path} could not be written: {error.strerror}")
 
 
@@ -489,16 +492,13 @@ def load(path: Path, settings: dict, net: Net | None = None) -> dict:
 
 
 # ---- Flags and progress ----------------------------------------------------------------------------------------------
-SAMPLING = {"choices": ("progressive", "random"), "default": "progressive", "help": "in chapter 3 (sections 4.4, 5.1)"}
-
-
 def read_flags(stage: dict, **others: dict) -> argparse.Namespace:
     """The flags common to all chapters, the numbers of this one's `stage`, and other flags with their settings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("--dataset", default="cifar10", metavar="cifar10|cifar100|toy|PATH",
                         help="PATH: a folder with train/<class>/* and test/<class>/* images")
-    parser.add_argument("--net", default="resnet50", choices=("resnet50", "mbv3"))
+    parser.add_argument("--net", default="resnet50", choices=sorted({name for name, _ in NETWORKS}))
     parser.add_argument("--preset", choices=("paper", "quick", "tiny"), help="default: paper, for toy tiny")
     parser.add_argument("--out", type=Path, help="folder of all chapters' files (default: runs/<dataset>-<net>)")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of the cached images")
@@ -524,7 +524,7 @@ def read_flags(stage: dict, **others: dict) -> argparse.Namespace:
         fail("--seed must be between 0 and a million")
     args.name = Path(args.dataset).resolve().name
     args.out = args.out or Path("runs", f"{args.name}-{args.net}")
-    args.common = {"dataset": args.name, "net": args.net, "preset": args.preset}
+    args.common = {"dataset": data_file(args).stem, "net": args.net, "preset": args.preset}
     args.settings = {**args.common, "seed": args.seed, **{name: getattr(args, name) for name in (*stage, *others)}}
     args.net = NETWORKS[args.net, "tiny" if args.preset == "tiny" else "paper"]
     try:
@@ -540,7 +540,7 @@ def need(args, path: Path, script: str, *words: str) -> Path:
     if not path.exists():
         print(f"{path} is missing: running {script}\n", flush=True)
         if subprocess.run([sys.executable, Path(__file__).with_name(script), *args.given, *words]).returncode:
-            raise SystemExit(2)  # it has said why
+            raise SystemExit(2)  # it has said why, unless it was killed
     return path
 
 
@@ -571,7 +571,7 @@ def finish(args, rows: list[dict], wrote: list, following: str):
 
 # ---- The chapter -----------------------------------------------------------------------------------------------------
 def main():
-    args = read_flags(STAGE, sampling=SAMPLING)
+    args = read_flags(STAGE, sampling={"choices": ("progressive", "random"), "default": "progressive"})
     data = load_data(args)
     checkpoint = args.out / f"03_{args.sampling}.pt"
     following = f"04_predictor.py --sampling={args.sampling}"
@@ -584,6 +584,9 @@ def main():
     teacher = calibrated(weights, args.net, student_at(args.net, -1), data["train"][:args.calibration_images])
     shared = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
     print(f"RSLAD with {args.sampling} sampling, {len(data['train'])} images, 3 x {args.epochs} epochs", flush=True)
+    if args.restart:
+        for old in (checkpoint, args.out / f"03_{args.sampling}_state.pt"):
+            old.unlink(missing_ok=True)
     accuracy = train_students(args, teacher, shared, data)
     write(checkpoint, {"settings": args.settings, "weights": {name: shared[name].detach() for name in shared}})
     (args.out / f"03_{args.sampling}_state.pt").unlink(missing_ok=True)

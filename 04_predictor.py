@@ -13,10 +13,11 @@ number measured for one student moves when other images are taken.
     python 04_predictor.py --dataset cifar10 --sampling random      # students of the random-sampling baseline
 
 reads   03_progressive.pt    the shared weights (03_random.pt with --sampling random; made first if missing)
-writes  04_students.csv      a row per measured student, written at once: genes, natural and robust accuracy,
-                             and both on the first half of the images alone (with --sampling random, all names
-        04_predictions.csv   measured and predicted accuracy of the held-out students              end in _random)
+writes  04_students.csv      a row per measured student, written at once: genes, natural and robust accuracy, and both
+                             on the first half of the images alone; 04_students.pt holds how they were measured
+        04_predictions.csv   measured and predicted accuracy of the students that tested the predictor
         04_predictor.pt      the predictor; delete it to train another on the same students
+        With --sampling random, names end in _random.
 """
 from __future__ import annotations
 
@@ -42,8 +43,8 @@ STAGE = {  # flag: (paper, quick, tiny, help)
     "students": (2000, 300, 40, "students to measure; paper: 2000 (section 5.2)"),
     "test_students": (300, 60, 10, "of them held out to test the predictor; paper: 300 (section 5.2)"),
     "images": (1000, 1000, 200, "held-out training images per student (all there are, if fewer); not in the paper"),
-    "eps": (8.0, 8.0, 8.0, "largest change of a pixel, in 1/255; paper: 0.031 = 8/255 (section 5.0.2)"),
-    "step_size": (1.81, 1.81, 1.81, "of the attack, in 1/255; paper: 0.0071 = 1.81/255 (section 5.0.2)"),
+    "eps": (8.0, 8.0, 8.0, "largest change of a pixel, in 1/255; paper: 0.031, about 8/255 (section 5.0.2)"),
+    "step_size": (1.81, 1.81, 1.81, "of the attack, in 1/255; paper: 0.0071, 1.81/255 (section 5.0.2)"),
     "steps": (20, 20, 10, "of the attack; paper: 20 (section 5.0.2)"),
     "calibration_images": (2000, 2000, 500, "training images for batch-norm statistics; released code: 2000 to 4000"),
     "epochs": (30, 30, 30, "epochs of the predictor; paper: 30 (section 5.2)"),
@@ -54,7 +55,7 @@ STAGE = {  # flag: (paper, quick, tiny, help)
 
 
 # ---- The lesson: measure some students, predict the others -----------------------------------------------------------
-MEASURED = ("natural", "robust", "natural_half", "robust_half")  # columns of 04_students.csv behind the genes
+MEASURED = ("natural", "robust", "natural_half", "robust_half")  # columns of 04_students.csv after the genes
 PREDICTOR_FLAGS = ("test_students", "epochs", "predictor_lr", "hidden_layers", "hidden_width")
 
 
@@ -71,7 +72,7 @@ def draw_students(net: Net, count: int, seed: int) -> list[tuple]:
 
 def measure(args, shared: dict[str, Tensor], students: list[tuple], data: dict, path: Path) -> list[dict]:
     """Natural and robust accuracy of each student on held-out training images; every row is written at once."""
-    rows = read_students(path, args.net, students) if path.exists() and not args.restart else []
+    rows = read_students(path, args.net, students) if path.exists() else []
     if 0 < len(rows) < len(students):
         print(f"continuing {path} at student {len(rows) + 1}", flush=True)
     images, labels = data["held_out"][:args.images], data["held_out_labels"][:args.images]
@@ -192,7 +193,7 @@ def canonical(net: Net, student: tuple) -> tuple:
     """The one genotype of a student: genes of blocks that its depth genes switch off are 0."""
     value = dict(zip(genes(net), student))
     active = {str(s): stage[1] + value[f"depth_{s}"] for s, stage in enumerate(net.stages, 1)}
-    parts = (name.split("_") for name in value)
+    parts = (name.split("_") for name in value)  # three of them, as in expand_2_3, is a block's gene
     return tuple(0 if len(part) == 3 and int(part[2]) > active[part[1]] else gene
                  for part, gene in zip(parts, student))
 
@@ -246,9 +247,9 @@ def blocks_of(net: Net, student: tuple) -> tuple[Block, ...]:
     for s, (width, base_depth, stride, *act_and_gate) in enumerate(net.stages, 1):
         out = divisible(width * gene[f"width_{s}"]) if net.width else width
         for b in range(1, base_depth + gene[f"depth_{s}"] + 1):
-            expand, step = gene[f"expand_{s}_{b}"], stride if b == 1 else 1
-            blocks.append(bottleneck(f"{s}_{b}", inp, out, expand, step) if net.width else inverted_bottleneck(
-                f"{s}_{b}", inp, out, gene[f"kernel_{s}_{b}"], expand, step, *act_and_gate))
+            expand, block_stride = gene[f"expand_{s}_{b}"], stride if b == 1 else 1
+            blocks.append(bottleneck(f"{s}_{b}", inp, out, expand, block_stride) if net.width else inverted_bottleneck(
+                f"{s}_{b}", inp, out, gene[f"kernel_{s}_{b}"], expand, block_stride, *act_and_gate))
             inp = out
     if net.head:
         blocks += [Block((Layer("head_1", inp, net.head[0], act="hswish"),)),
@@ -386,11 +387,12 @@ def predict_accuracy(predictor: dict, net: Net, students: list[tuple]) -> Tensor
 
 # ---- Data: every image is decoded once, and lives on the device as uint8 ---------------------------------------------
 def data_file(args) -> Path:
-    """The cache of --dataset's images, which chapter 1 writes; a folder's changes with the files in it."""
+    """The cache of --dataset's images, which chapter 1 writes; another one when a folder gains or loses files."""
     if args.dataset in ("cifar10", "cifar100", "toy"):
         return args.data_dir / (f"toy-{args.seed}.pt" if args.dataset == "toy" else f"{args.dataset}.pt")
-    found = [(str(folder.resolve()), folder.stat().st_mtime_ns) for folder in sorted(Path(args.dataset).glob("t*/*"))]
-    return args.data_dir / f"{args.name}-{hashlib.sha256(repr(found).encode()).hexdigest()[:12]}.pt"
+    folders = [folder.resolve() for folder in sorted(Path(args.dataset).glob("t*/*")) if folder.is_dir()]
+    found = repr([(str(folder), folder.stat().st_mtime_ns) for folder in folders])
+    return args.data_dir / f"{args.name}-{hashlib.sha256(found.encode()).hexdigest()[:12]}.pt"
 
 
 def load_data(args) -> dict[str, Tensor]:
@@ -426,7 +428,8 @@ def write(path: Path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
         fail(f"{path} could not be written: {error.strerror}")
 
 
@@ -448,16 +451,13 @@ def load(path: Path, settings: dict, net: Net | None = None) -> dict:
 
 
 # ---- Flags and progress ----------------------------------------------------------------------------------------------
-SAMPLING = {"choices": ("progressive", "random"), "default": "progressive", "help": "in chapter 3 (sections 4.4, 5.1)"}
-
-
 def read_flags(stage: dict, **others: dict) -> argparse.Namespace:
     """The flags common to all chapters, the numbers of this one's `stage`, and other flags with their settings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("--dataset", default="cifar10", metavar="cifar10|cifar100|toy|PATH",
                         help="PATH: a folder with train/<class>/* and test/<class>/* images")
-    parser.add_argument("--net", default="resnet50", choices=("resnet50", "mbv3"))
+    parser.add_argument("--net", default="resnet50", choices=sorted({name for name, _ in NETWORKS}))
     parser.add_argument("--preset", choices=("paper", "quick", "tiny"), help="default: paper, for toy tiny")
     parser.add_argument("--out", type=Path, help="folder of all chapters' files (default: runs/<dataset>-<net>)")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of the cached images")
@@ -483,7 +483,7 @@ def read_flags(stage: dict, **others: dict) -> argparse.Namespace:
         fail("--seed must be between 0 and a million")
     args.name = Path(args.dataset).resolve().name
     args.out = args.out or Path("runs", f"{args.name}-{args.net}")
-    args.common = {"dataset": args.name, "net": args.net, "preset": args.preset}
+    args.common = {"dataset": data_file(args).stem, "net": args.net, "preset": args.preset}
     args.settings = {**args.common, "seed": args.seed, **{name: getattr(args, name) for name in (*stage, *others)}}
     args.net = NETWORKS[args.net, "tiny" if args.preset == "tiny" else "paper"]
     try:
@@ -499,7 +499,7 @@ def need(args, path: Path, script: str, *words: str) -> Path:
     if not path.exists():
         print(f"{path} is missing: running {script}\n", flush=True)
         if subprocess.run([sys.executable, Path(__file__).with_name(script), *args.given, *words]).returncode:
-            raise SystemExit(2)  # it has said why
+            raise SystemExit(2)  # it has said why, unless it was killed
     return path
 
 
@@ -530,7 +530,7 @@ def finish(args, rows: list[dict], wrote: list, following: str):
 
 # ---- The chapter -----------------------------------------------------------------------------------------------------
 def main():
-    args = read_flags(STAGE, sampling=SAMPLING)
+    args = read_flags(STAGE, sampling={"choices": ("progressive", "random"), "default": "progressive"})
     data = load_data(args)
     suffix = "" if args.sampling == "progressive" else "_random"
     measured, checkpoint = args.out / f"04_students{suffix}.pt", args.out / f"04_predictor{suffix}.pt"
@@ -538,19 +538,26 @@ def main():
     if checkpoint.exists() and not args.restart:
         load(checkpoint, args.settings)
         return finish(args, [], [f"{checkpoint} earlier (--restart makes it anew)"], following)
-    if not 1 < args.test_students < args.students - 1:
-        fail("--test-students must be between 2 and --students less 2")
+    if not 1 < args.test_students < args.students - 1 or args.images < 2:
+        fail("--test-students must be between 2 and --students less 2, --images at least 2")
     args.images = min(args.images, len(data["held_out"])) // 2 * 2  # two halves
 
     path = need(args, args.out / f"03_{args.sampling}.pt", "03_progressive_rslad.py", f"--sampling={args.sampling}")
     shared = {name: weight.to(args.device) for name, weight in load(path, args.common, args.net)["weights"].items()}
     settings = {name: args.settings[name] for name in args.settings if name not in PREDICTOR_FLAGS}
-    if measured.exists() and not args.restart:
+    settings["weights"] = hashlib.sha256(path.read_bytes()).hexdigest()[:12]  # of chapter 3
+    table = args.out / f"04_students{suffix}.csv"
+    if args.restart:
+        for old in (checkpoint, measured, table):
+            old.unlink(missing_ok=True)
+    if table.exists() and not measured.exists():
+        fail(f"{table} lacks {measured.name}, which says how it was measured: delete it, or --restart")
+    if measured.exists():
         load(measured, settings)
-    write(measured, {"settings": settings})  # how the rows of 04_students.csv are measured
+    write(measured, {"settings": settings})
     students = draw_students(args.net, args.students, args.seed)
     print(f"{args.students} students, each by PGD-{args.steps} on {args.images} held-out training images", flush=True)
-    rows = measure(args, shared, students, data, args.out / f"04_students{suffix}.csv")
+    rows = measure(args, shared, students, data, table)
 
     labels = torch.tensor([[row[name] for name in MEASURED] for row in rows])  # (N, 4)
     predictor = train_predictor(args, students[:-args.test_students], labels[:-args.test_students, :2])
@@ -562,8 +569,8 @@ def main():
     write(args.out / f"04_predictions{suffix}.csv", rows)
     write(checkpoint, {"settings": args.settings, **predictor})
     print(f"RMSE on {len(test)} students that were not used in training; all numbers are shares of 1:")
-    files = [args.out / f"04_{name}{suffix}.csv" for name in ("students", "predictions")]
-    finish(args, report(labels[:, :2], labels[:, 2:], predicted), [*files, checkpoint], following)
+    files = [table, args.out / f"04_predictions{suffix}.csv", checkpoint]
+    finish(args, report(labels[:, :2], labels[:, 2:], predicted), files, following)
 
 
 if __name__ == "__main__":

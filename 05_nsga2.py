@@ -6,14 +6,14 @@
 
 Which student for this device? NSGA-II evolves genotypes towards predicted accuracy and predicted robustness at once,
 under a budget of MACs; no network runs during the search. Then the chosen students are judged for real: natural images,
-FGSM and PGD-20 on the test set. The best leaves the house as a standalone network that needs none of this code.
+FGSM and PGD-20 on the test set. The best is exported as a standalone network that needs none of this code.
 
     python 05_nsga2.py --dataset toy                                  # alone, this runs the whole chain
     python 05_nsga2.py --dataset cifar10 --max-macs 500 1000 2000     # a student for each of three devices
 
 reads   03_progressive.pt, 04_predictor.pt     (those of --sampling; made first if missing)
 writes  05_population.csv   first and last generation       05_best.csv      the chosen, predicted and measured
-        05_front.csv        the last non-dominated front    05_student.pt2   the best one, for torch.export.load
+        05_front.csv        the last non-dominated front    05_student.pt2   to deploy (one for each of several budgets)
 """
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ STAGE = {  # flag: (paper, quick, tiny, help)
 # ---- The lesson: NSGA-II ---------------------------------------------------------------------------------------------
 def dominance(objectives: np.ndarray, violation: np.ndarray) -> np.ndarray:
     """Matrix (N, N): does i dominate j? Deb's rule: the feasible beat the infeasible, a smaller violation a larger one,
-    and among the feasible it takes to be as good in all objectives (N, M), which are maximised, and better in one."""
+    and at equal violation it takes to be as good in all objectives (N, M), which are maximised, and better in one."""
     ours, theirs = objectives[:, None], objectives[None]
     better = (ours >= theirs).all(2) & (ours > theirs).any(2)
     return np.where(violation[:, None] == violation[None], better, violation[:, None] < violation[None])
@@ -115,7 +115,7 @@ def nsga2(net: Net, evaluate, population: int, generations: int, mutation: float
         best = best_first(objectives, violation)[:population]
         return [students[i] for i in best], objectives[best], violation[best]
 
-    def child() -> tuple:  # of two tournaments' winners; each draws two parents, which are sorted, best first
+    def child() -> tuple:  # of two tournaments: draw two parents, keep the better; they are sorted, best first
         mother, father = (parents[min(rng.randrange(len(parents)), rng.randrange(len(parents)))] for _ in range(2))
         return breed(net, mother, father, mutation, rng)
 
@@ -174,7 +174,7 @@ def canonical(net: Net, student: tuple) -> tuple:
     """The one genotype of a student: genes of blocks that its depth genes switch off are 0."""
     value = dict(zip(genes(net), student))
     active = {str(s): stage[1] + value[f"depth_{s}"] for s, stage in enumerate(net.stages, 1)}
-    parts = (name.split("_") for name in value)
+    parts = (name.split("_") for name in value)  # three of them, as in expand_2_3, is a block's gene
     return tuple(0 if len(part) == 3 and int(part[2]) > active[part[1]] else gene
                  for part, gene in zip(parts, student))
 
@@ -228,9 +228,9 @@ def blocks_of(net: Net, student: tuple) -> tuple[Block, ...]:
     for s, (width, base_depth, stride, *act_and_gate) in enumerate(net.stages, 1):
         out = divisible(width * gene[f"width_{s}"]) if net.width else width
         for b in range(1, base_depth + gene[f"depth_{s}"] + 1):
-            expand, step = gene[f"expand_{s}_{b}"], stride if b == 1 else 1
-            blocks.append(bottleneck(f"{s}_{b}", inp, out, expand, step) if net.width else inverted_bottleneck(
-                f"{s}_{b}", inp, out, gene[f"kernel_{s}_{b}"], expand, step, *act_and_gate))
+            expand, block_stride = gene[f"expand_{s}_{b}"], stride if b == 1 else 1
+            blocks.append(bottleneck(f"{s}_{b}", inp, out, expand, block_stride) if net.width else inverted_bottleneck(
+                f"{s}_{b}", inp, out, gene[f"kernel_{s}_{b}"], expand, block_stride, *act_and_gate))
             inp = out
     if net.head:
         blocks += [Block((Layer("head_1", inp, net.head[0], act="hswish"),)),
@@ -403,11 +403,12 @@ def predict_accuracy(predictor: dict, net: Net, students: list[tuple]) -> Tensor
 
 # ---- Data: every image is decoded once, and lives on the device as uint8 ---------------------------------------------
 def data_file(args) -> Path:
-    """The cache of --dataset's images, which chapter 1 writes; a folder's changes with the files in it."""
+    """The cache of --dataset's images, which chapter 1 writes; another one when a folder gains or loses files."""
     if args.dataset in ("cifar10", "cifar100", "toy"):
         return args.data_dir / (f"toy-{args.seed}.pt" if args.dataset == "toy" else f"{args.dataset}.pt")
-    found = [(str(folder.resolve()), folder.stat().st_mtime_ns) for folder in sorted(Path(args.dataset).glob("t*/*"))]
-    return args.data_dir / f"{args.name}-{hashlib.sha256(repr(found).encode()).hexdigest()[:12]}.pt"
+    folders = [folder.resolve() for folder in sorted(Path(args.dataset).glob("t*/*")) if folder.is_dir()]
+    found = repr([(str(folder), folder.stat().st_mtime_ns) for folder in folders])
+    return args.data_dir / f"{args.name}-{hashlib.sha256(found.encode()).hexdigest()[:12]}.pt"
 
 
 def load_data(args) -> dict[str, Tensor]:
@@ -443,7 +444,8 @@ def write(path: Path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
         fail(f"{path} could not be written: {error.strerror}")
 
 
@@ -465,16 +467,13 @@ def load(path: Path, settings: dict, net: Net | None = None) -> dict:
 
 
 # ---- Flags and progress ----------------------------------------------------------------------------------------------
-SAMPLING = {"choices": ("progressive", "random"), "default": "progressive", "help": "in chapter 3 (sections 4.4, 5.1)"}
-
-
 def read_flags(stage: dict, **others: dict) -> argparse.Namespace:
     """The flags common to all chapters, the numbers of this one's `stage`, and other flags with their settings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     parser.add_argument("--dataset", default="cifar10", metavar="cifar10|cifar100|toy|PATH",
                         help="PATH: a folder with train/<class>/* and test/<class>/* images")
-    parser.add_argument("--net", default="resnet50", choices=("resnet50", "mbv3"))
+    parser.add_argument("--net", default="resnet50", choices=sorted({name for name, _ in NETWORKS}))
     parser.add_argument("--preset", choices=("paper", "quick", "tiny"), help="default: paper, for toy tiny")
     parser.add_argument("--out", type=Path, help="folder of all chapters' files (default: runs/<dataset>-<net>)")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of the cached images")
@@ -500,7 +499,7 @@ def read_flags(stage: dict, **others: dict) -> argparse.Namespace:
         fail("--seed must be between 0 and a million")
     args.name = Path(args.dataset).resolve().name
     args.out = args.out or Path("runs", f"{args.name}-{args.net}")
-    args.common = {"dataset": args.name, "net": args.net, "preset": args.preset}
+    args.common = {"dataset": data_file(args).stem, "net": args.net, "preset": args.preset}
     args.settings = {**args.common, "seed": args.seed, **{name: getattr(args, name) for name in (*stage, *others)}}
     args.net = NETWORKS[args.net, "tiny" if args.preset == "tiny" else "paper"]
     try:
@@ -516,7 +515,7 @@ def need(args, path: Path, script: str, *words: str) -> Path:
     if not path.exists():
         print(f"{path} is missing: running {script}\n", flush=True)
         if subprocess.run([sys.executable, Path(__file__).with_name(script), *args.given, *words]).returncode:
-            raise SystemExit(2)  # it has said why
+            raise SystemExit(2)  # it has said why, unless it was killed
     return path
 
 
@@ -533,7 +532,7 @@ def finish(args, rows: list[dict], wrote: list, following: str):
 # ---- The chapter -----------------------------------------------------------------------------------------------------
 def export(predict, path: Path):
     """Write a calibrated student as a standalone network of plain layers; it takes (B, 3, 32, 32) in [0, 1], any B."""
-    weights, blocks = predict.args
+    weights, blocks = predict.args  # of forward, which calibrated() has bound
     network, anything = Standalone(blocks, weights, predict.keywords["stats"]).cpu().eval(), torch.zeros(2, 3, 32, 32)
     program = torch.export.export(network, (anything,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.export.save(program, path.with_suffix(".tmp.pt2"))
@@ -541,7 +540,7 @@ def export(predict, path: Path):
 
 
 def main():
-    args = read_flags(STAGE, sampling=SAMPLING, max_macs={
+    args = read_flags(STAGE, sampling={"choices": ("progressive", "random"), "default": "progressive"}, max_macs={
         "nargs": "+", "type": float, "metavar": "MILLIONS", "help": "budgets of MACs, one student for each; default: "
         "the paper's 2000 for Dyn-ResNet50 (section 5.3), halfway from smallest to largest student elsewhere"})
     data = load_data(args)
@@ -570,7 +569,7 @@ def main():
                      "macs": cost(net, student)[1], "predicted_natural": natural, "predicted_robust": robust}
                     for student, (natural, robust) in zip(students, objectives.tolist())]
             population += rows
-        front = np.flatnonzero(non_dominated_sort(dominance(objectives, violation)) == 0)
+        front = np.flatnonzero(non_dominated_sort(dominance(objectives, violation)) == 0)  # of the last generation
         fronts += [rows[i] for i in front]
         chosen[f"best of {budget:g}M"] = students[front[objectives[front].sum(1).argmax()]]  # both count alike
         print(f"{budget:g} million MACs: {len(front)} students on the front", flush=True)
@@ -579,7 +578,7 @@ def main():
     for name, student in chosen.items():
         predict = calibrated(shared, net, student, data["train"][:args.calibration_images])
         test = data["test"], data["test_labels"], args.eps / 255
-        natural, fgsm = judge(predict, *test, args.eps / 255, 1)
+        natural, fgsm = judge(predict, *test, args.eps / 255, 1)  # FGSM is one step of eps
         _, robust = judge(predict, *test, args.step_size / 255, args.steps)
         row = {"student": name, **dict(zip(genes(net), student)), **dict(zip(("params", "macs"), cost(net, student)))}
         row["predicted_natural"], row["predicted_robust"] = predict_accuracy(predictor, net, [student])[0].tolist()

@@ -711,7 +711,7 @@ def test_bad_folders(images, tmp_path, spoil, says):
     (lambda path: torch.save({**torch.load(path), "weights": {}}, path), "weights of this network"),
     (lambda path: torch.save({**torch.load(path), "settings": {"net": "resnet50"}}, path), "net resnet50, not mbv3"),
     (lambda path: torch.save({**torch.load(path), "settings": {**torch.load(path)["settings"], "dataset": "cifar10"}},
-                             path), "dataset cifar10, not toy"),
+                             path), f"dataset cifar10, not toy-{SEED}"),
     (lambda path: torch.save({**torch.load(path), "settings": {**torch.load(path)["settings"], "preset": "paper"}},
                              path), "preset paper, not tiny"),
     (lambda path: torch.save({**torch.load(path), "settings": {**torch.load(path)["settings"], "classes": 3}}, path),
@@ -757,7 +757,12 @@ def test_other_bad_input(chains, tmp_path, images):
     for budget in (0.5, "nan"):
         assert "must be at least 0.6241" in run(tmp_path, "05_nsga2", *words, "--max-macs", 1, budget, code=2)
     assert "students 40, not 39" in run(tmp_path, "04_predictor", *words, "--students", 39, code=2)
-    assert "--test-students must be" in run(tmp_path, "04_predictor", *words, "--test-students", 40, "--restart", code=2)
+    assert "--test-students must be" in run(tmp_path, "04_predictor", *words, "--test-students", 40, code=2)
+    (folder / "04_predictor.pt").unlink()
+    torch.save({**torch.load(folder / "03_progressive.pt"), "trained": "again"}, folder / "03_progressive.pt")
+    assert "04_students.pt was made with weights" in run(tmp_path, "04_predictor", *words, code=2)  # of another training
+    (folder / "04_students.pt").unlink()
+    assert "04_students.csv lacks 04_students.pt" in run(tmp_path, "04_predictor", *words, code=2)
     (folder / "02_teacher.pt").unlink()
     message = run(tmp_path, "02_teacher_trades", *words, "--lr", 1e30, "--warmup", 0.001, code=2)
     assert "the loss is not finite in epoch 1, iteration " in message and not (folder / "02_teacher.pt").exists()

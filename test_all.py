@@ -760,10 +760,11 @@ def test_other_bad_input(chains, tmp_path, images):
     for budget in (0.5, "nan"):
         assert "must be at least 0.6241" in run(tmp_path, "05_nsga2", *words, "--max-macs", 1, budget, code=2)
     assert "students 40, not 39" in run(tmp_path, "04_predictor", *words, "--students", 39, code=2)
-    assert "--test-students must be" in run(tmp_path, "04_predictor", *words, "--test-students", 40, code=2)
+    bad = "--test-students", 40, "--restart"
+    assert "--test-students must be" in run(tmp_path, "04_predictor", *words, *bad, code=2)
     (folder / "04_predictor.pt").unlink()
     torch.save({**torch.load(folder / "03_progressive.pt"), "trained": "again"}, folder / "03_progressive.pt")
-    assert "04_students.pt was made with weights" in run(tmp_path, "04_predictor", *words, code=2)  # of another training
+    assert "04_students.pt was made with weights" in run(tmp_path, "04_predictor", *words, code=2)
     (folder / "04_students.pt").unlink()
     assert "04_students.csv lacks 04_students.pt" in run(tmp_path, "04_predictor", *words, code=2)
     (folder / "02_teacher.pt").unlink()

@@ -548,6 +548,7 @@ def main():
     write(checkpoint, {"settings": args.settings, **best})
     (args.out / "02_state.pt").unlink(missing_ok=True)
 
+    print(f"judging the teacher on {len(data['test'])} test images", flush=True)
     weights = {name: weight.to(args.device) for name, weight in best["weights"].items()}
     teacher = calibrated(weights, args.net, student_at(args.net, -1), data["train"][:args.calibration_images])
     natural, robust = judge(teacher, data["test"], data["test_labels"], args.eps / 255, 2 / 255, 20)

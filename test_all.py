@@ -447,6 +447,8 @@ def test_robust_accuracy_counts_images_right_before_and_after_the_attack():
     assert natural.any() and not natural.all() and not (robust & ~natural).any() and 0 < robust.sum() < natural.sum()
     for batch in (7, 13):
         assert torch.equal(c4.judge(predict, images, labels, 2 / 255, 0.5 / 255, 20, batch)[1], robust)
+    weak = [c4.judge(predict, images, labels, 0.5, 0.1 / 255, 2, batch)[1] for batch in (7, 13, 40)]
+    assert torch.equal(weak[0], weak[1]) and torch.equal(weak[0], weak[2])  # two tiny steps: the start decides
     # For a linear model the exact answer is known, but for the clipping to [0, 1], which only helps the defence.
     for i in range(40):
         if natural[i] and not robust[i]:
@@ -543,6 +545,7 @@ def test_non_dominated_sorting_agrees_with_brute_force():
 def test_crowding_distance_by_hand():
     points = np.array([[0.0, 10.0], [1.0, 6.0], [4.0, 5.0], [10.0, 0.0]])
     assert c5.crowding_distance(points).tolist() == [np.inf, 0.4 + 0.5, 0.9 + 0.6, np.inf]
+    assert c5.crowding_distance(np.array([[3.0, 3.0], [0.0, 0.0], [1.0, 1.0]])).tolist() == [np.inf, np.inf, 2]
     assert c5.crowding_distance(np.ones((3, 2))).tolist()[1] == 0
     order = c5.best_first(np.array([[1.0, 6.0], [0.0, 10.0], [0.0, 0.0], [4.0, 5.0], [10.0, 0.0]]), np.zeros(5))
     assert set(order[:2]) == {1, 4} and order[2:].tolist() == [3, 0, 2]

@@ -289,7 +289,7 @@ class Standalone(nn.Module):
         self.load_state_dict(state)
 
     def forward(self, x: Tensor) -> Tensor:
-        return walk(self.blocks, x, lambda layer, x: ACTIVATIONS[layer.act](self.get_submodule(layer.name)(x)))
+        return walk(self.blocks, x, lambda layer, x: ACTIVATIONS[layer.act](getattr(self, layer.name)(x)))
 
 
 # ---- Data: every image is decoded once, and lives on the device as uint8 ---------------------------------------------

@@ -335,7 +335,7 @@ class Standalone(nn.Module):
         self.load_state_dict(state)
 
     def forward(self, x: Tensor) -> Tensor:
-        return walk(self.blocks, x, lambda layer, x: ACTIVATIONS[layer.act](self.get_submodule(layer.name)(x)))
+        return walk(self.blocks, x, lambda layer, x: ACTIVATIONS[layer.act](getattr(self, layer.name)(x)))
 
 
 # ---- Attack and judgement --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ with TRADES. Two ideas: an inner attack looks for the image in the eps-ball whos
 one (equation 1), and the loss pays for accuracy on natural images plus beta times that difference. Adversarial
 training overfits in robustness first, so the epoch with the best PGD accuracy on held-out training images is kept.
 
-    python 02_teacher_trades.py --dataset toy          # half a minute on two CPU cores
+    python 02_teacher_trades.py --dataset toy          # under a minute on two CPU cores
     python 02_teacher_trades.py --dataset cifar10      # the paper's schedule: days; --preset quick: well under an hour
 
 reads   01_dynamic_net.pt   the shared weights (made first if missing)

@@ -9,7 +9,7 @@ attacked, and taught to answer, with and without the attack, as the teacher does
 2021). Students shrink in three steps: first their widths (kernels) vary, then also depths, then also expansions.
 `--sampling random` is the paper's baseline: every gene varies from the first iteration.
 
-    python 03_progressive_rslad.py --dataset toy          # half a minute on two CPU cores
+    python 03_progressive_rslad.py --dataset toy          # under a minute on two CPU cores
     python 03_progressive_rslad.py --dataset cifar10      # the paper's schedule: days; --preset quick for an hour
 
 reads   02_teacher.pt        the teacher's weights (made first if missing)

@@ -59,11 +59,11 @@ def trades_loss(weights: dict, blocks: tuple, x: Tensor, y: Tensor, args) -> tup
     x (B, 3, 32, 32) in [0, 1], y (B,). Equation 1 with the losses of TRADES; batch statistics throughout.
     """
     natural = forward(weights, blocks, x)
-    target = natural.detach().softmax(1)
+    target = natural.detach().log_softmax(1)
     frozen = {name: weight.detach() for name, weight in weights.items()}  # the attack needs no gradient of the weights
     x_adv = pgd(lambda x: forward(frozen, blocks, x), x, lambda logits: kl(logits, target),
                 0.001 * torch.randn_like(x), args.eps / 255, args.step_size / 255, args.steps)
-    robust = kl(forward(weights, blocks, x_adv), natural.softmax(1))
+    robust = kl(forward(weights, blocks, x_adv), natural.log_softmax(1))
     cross_entropy = F.cross_entropy(natural, y)
     return cross_entropy + args.beta * robust, cross_entropy, robust
 
@@ -276,8 +276,8 @@ def pgd(predict, x: Tensor, loss, start: Tensor, eps: float, step_size: float, s
 
 
 def kl(logits: Tensor, target: Tensor) -> Tensor:
-    """KL(target || softmax(logits)), mean over images; logits and the probabilities `target` are (B, classes)."""
-    return F.kl_div(F.log_softmax(logits, 1), target, reduction="batchmean")
+    """KL(target || softmax(logits)), mean over images; logits and the log-probabilities `target` are (B, classes)."""
+    return F.kl_div(F.log_softmax(logits, 1), target, reduction="batchmean", log_target=True)
 
 
 def calibrated(shared: dict, net: Net, student: tuple, images: Tensor, batch: int = 250):

@@ -62,8 +62,8 @@ STEPS = (("width", "kernel"), ("width", "kernel", "depth"), ("width", "kernel", 
 def rslad_loss(weights: dict, blocks: tuple, x: Tensor, target: Tensor, args) -> tuple[Tensor, Tensor, Tensor]:
     """(1 - alpha) KL(T(x) || S(x)) + alpha KL(T(x) || S(x')), equation 2; returns (loss, natural KL, adversarial KL).
 
-    x (B, 3, 32, 32) in [0, 1]; target (B, classes) is T(x), the teacher's natural soft labels (the paper's KL(S, T) has
-    F.kl_div's order); x' is what PGD finds by climbing the second KL. Batch statistics throughout.
+    x (B, 3, 32, 32) in [0, 1]; target (B, classes) is log T(x), the teacher's natural soft labels (the paper's KL(S, T)
+    has F.kl_div's order); x' is what PGD finds by climbing the second KL. Batch statistics throughout.
     """
     frozen = {name: weight.detach() for name, weight in weights.items()}  # the attack needs no gradient of the weights
     x_adv = pgd(lambda x: forward(frozen, blocks, x), x, lambda logits: kl(logits, target),
@@ -114,7 +114,7 @@ def train_students(args, teacher, shared: dict[str, Tensor], data: dict) -> dict
             blocks = blocks_of(args.net, sample(args.net, random.Random(f"{args.seed} {run.done}"), kinds))
             weights = slice_weights(shared, blocks)
             with torch.no_grad():
-                target = teacher(x).softmax(1)
+                target = teacher(x).log_softmax(1)
             losses = rslad_loss(weights, blocks, x, target, args)
             run.optimizer.zero_grad()  # to None: layers the student lacks are not touched, not even by weight decay
             losses[0].backward()
@@ -316,8 +316,8 @@ def pgd(predict, x: Tensor, loss, start: Tensor, eps: float, step_size: float, s
 
 
 def kl(logits: Tensor, target: Tensor) -> Tensor:
-    """KL(target || softmax(logits)), mean over images; logits and the probabilities `target` are (B, classes)."""
-    return F.kl_div(F.log_softmax(logits, 1), target, reduction="batchmean")
+    """KL(target || softmax(logits)), mean over images; logits and the log-probabilities `target` are (B, classes)."""
+    return F.kl_div(F.log_softmax(logits, 1), target, reduction="batchmean", log_target=True)
 
 
 def calibrated(shared: dict, net: Net, student: tuple, images: Tensor, batch: int = 250):

@@ -395,7 +395,7 @@ def test_losses_and_gradients_are_the_formulas(net, method):
     torch.manual_seed(1)
     weights = c2.slice_weights(shared, blocks)
     ours, first, second = (c2.trades_loss(weights, blocks, x, y, args) if method == "trades" else
-                           c3.rslad_loss(weights, blocks, x, target, args))
+                           c3.rslad_loss(weights, blocks, x, target.log(), args))
     gradient = torch.autograd.grad(ours, list(shared.values()), allow_unused=True)
     torch.manual_seed(1)
     if method == "trades":

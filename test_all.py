@@ -411,6 +411,14 @@ def test_losses_and_gradients_are_the_formulas(net, method):
     torch.testing.assert_close(gradient, torch.autograd.grad(theirs, list(shared.values()), allow_unused=True))
 
 
+def test_a_saturated_softmax_gives_finite_gradients():
+    logits = torch.tensor([[500.0, 0.0, -500.0]], requires_grad=True)
+    loss = c2.kl(logits.flip(1), logits.log_softmax(1))
+    assert loss.item() == 1000
+    loss.backward()
+    assert logits.grad.isfinite().all() and logits.grad.any()
+
+
 @both
 def test_calibration_is_pytorchs_cumulative_batch_norm(net):
     images = torch.randint(256, (60, 3, 32, 32), dtype=torch.uint8)

@@ -661,7 +661,7 @@ def test_the_exported_student_needs_none_of_this_code(chain, tmp_path):
 
 
 def test_a_folder_of_images_and_a_run_that_is_stopped(images, tmp_path):
-    words = ["--dataset", images, *SMALL, "--epochs", 4]
+    words = ["--dataset", images, *SMALL, "--epochs", 3]
     run(tmp_path, "02_teacher_trades", *words, "--out", "whole")
     data = torch.load(next((tmp_path / "data").glob("shades-*.pt")), weights_only=True)
     assert data["classes"] == 3 and [len(data[part]) for part in ("train", "held_out", "test")] == [162, 18, 45]
@@ -675,12 +675,33 @@ def test_a_folder_of_images_and_a_run_that_is_stopped(images, tmp_path):
     process.kill()
     process.wait()
     assert not (tmp_path / "stopped/02_teacher.pt").exists()
-    assert "epochs 4, not 5" in run(tmp_path, "02_teacher_trades", *words[:-1], 5, "--out", "stopped", code=2)
+    assert "epochs 3, not 4" in run(tmp_path, "02_teacher_trades", *words[:-1], 4, "--out", "stopped", code=2)
     assert "continuing" in run(tmp_path, "02_teacher_trades", *words, "--out", "stopped")
-    whole, stopped = (torch.load(tmp_path / out / "02_teacher.pt", weights_only=True) for out in ("whole", "stopped"))
-    assert all(torch.equal(whole["weights"][name], stopped["weights"][name]) for name in whole["weights"])
-    rows = [rows_of(tmp_path / out / "02_log.csv") for out in ("whole", "stopped")]
-    assert [{**row, "seconds": 0} for row in rows[0]] == [{**row, "seconds": 0} for row in rows[1]]
+    assert_same_teacher(tmp_path / "whole", tmp_path / "stopped")
+
+
+def assert_same_teacher(one, other):
+    weights = [torch.load(out / "02_teacher.pt", weights_only=True)["weights"] for out in (one, other)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    rows = [[{**row, "seconds": 0} for row in rows_of(out / "02_log.csv")] for out in (one, other)]
+    assert rows[0] == rows[1]
+
+
+def test_a_run_that_is_stopped_inside_an_epoch(images, tmp_path, monkeypatch):
+    words = ["--dataset", images, *SMALL, "--epochs", 2]  # five iterations each
+    run(tmp_path, "02_teacher_trades", *words, "--out", "whole")
+
+    def stop_in_the_second_epoch(self, done, say):
+        if done == 8:
+            raise InterruptedError
+    with monkeypatch.context() as patched:
+        patched.setattr(c2.Training, "save_every", 0)
+        patched.setattr(c2.Progress, "__call__", stop_in_the_second_epoch)
+        with pytest.raises(InterruptedError):
+            run(tmp_path, "02_teacher_trades", *words, "--out", "stopped")
+    printed = run(tmp_path, "02_teacher_trades", *words, "--out", "stopped")
+    assert "after iteration 7" in printed  # the eighth was not saved
+    assert_same_teacher(tmp_path / "whole", tmp_path / "stopped")
 
 
 # ---- Bad input: one line, exit code 2, nothing lost ------------------------------------------------------------------

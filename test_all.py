@@ -141,7 +141,7 @@ def images(tmp_path_factory):
     return root
 
 
-SMALL = ["--preset", "tiny", "--batch-size", 32, "--val-images", 10, "--calibration-images", 60]  # for that folder
+SMALL = ["--preset", "tiny", "--steps", 1, "--batch-size", 32, "--val-images", 10, "--calibration-images", 60]  # for that folder
 
 
 def run(root, name, *words, code=0):

@@ -141,7 +141,7 @@ def images(tmp_path_factory):
     return root
 
 
-SMALL = ["--preset", "tiny", "--steps", 1, "--batch-size", 32, "--val-images", 10, "--calibration-images", 60]  # for that folder
+SMALL = ["--batch-size", 32, "--val-images", 10, "--calibration-images", 60, "--epochs"]  # for that folder
 
 
 def run(root, name, *words, code=0):
@@ -661,7 +661,10 @@ def test_the_exported_student_needs_none_of_this_code(chain, tmp_path):
 
 
 def test_a_folder_of_images_and_a_run_that_is_stopped(images, tmp_path):
-    words = ["--dataset", images, *SMALL, "--epochs", 3]
+    common = ["--dataset", images, "--preset", "tiny"]
+    for out in ("whole", "stopped"):
+        run(tmp_path, "01_dynamic_net", *common, "--out", out)
+    words = [*common, *SMALL, 3]
     run(tmp_path, "02_teacher_trades", *words, "--out", "whole")
     data = torch.load(next((tmp_path / "data").glob("shades-*.pt")), weights_only=True)
     assert data["classes"] == 3 and [len(data[part]) for part in ("train", "held_out", "test")] == [162, 18, 45]
@@ -688,7 +691,10 @@ def assert_same_teacher(one, other):
 
 
 def test_a_run_that_is_stopped_inside_an_epoch(images, tmp_path, monkeypatch):
-    words = ["--dataset", images, *SMALL, "--epochs", 2]  # five iterations each
+    common = ["--dataset", images, "--preset", "tiny"]
+    for out in ("whole", "stopped"):
+        run(tmp_path, "01_dynamic_net", *common, "--out", out)
+    words = [*common, *SMALL, 2]  # five iterations each
     run(tmp_path, "02_teacher_trades", *words, "--out", "whole")
 
     def stop_in_the_second_epoch(self, done, say):

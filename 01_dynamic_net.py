@@ -19,15 +19,7 @@ writes  01_dynamic_net.pt   the shared weights, drawn at random: what chapter 2 
 """
 from __future__ import annotations
 
-import argparse
-import functools
-import hashlib
-import io
-import os
-import random
-import shlex
-import subprocess
-import sys
+import argparse, fcntl, functools, hashlib, os, random, shlex, subprocess, sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -40,8 +32,35 @@ STAGE = {  # flag: (paper, quick, tiny, help)
     "students": (5, 5, 5, "random students in the table"),
 }
 
-
 # ---- The lesson: a network that contains networks --------------------------------------------------------------------
+NETWORKS = {  # sections 4.3 and 5.0.1; "tiny" is of the same construction, for laptops and tests
+    ("resnet50", "paper"): dict(stem=64, stages=((256, 2, 1), (512, 2, 2), (1024, 4, 2), (2048, 2, 2)),
+                               depth=(0, 1, 2), width=(0.65, 0.8, 1.0), expand=(0.2, 0.25, 0.35)),
+    ("resnet50", "tiny"): dict(stem=16, stages=((64, 1, 2), (128, 1, 2)), depth=(0, 1), width=(0.5, 0.75, 1.0),
+                              expand=(0.25, 0.375, 0.5), stem_stride=2),
+    ("mbv3", "paper"): dict(
+        stem=16, stages=((24, 0, 1, "relu", False), (40, 0, 2, "relu", True), (80, 0, 2, "hswish", False),
+                         (112, 0, 1, "hswish", True), (160, 0, 2, "hswish", True)),
+        depth=(2, 3, 4), kernel=(3, 5, 7), expand=(3, 4, 6), head=(960, 1280)),
+    ("mbv3", "tiny"): dict(stem=16, stages=((24, 0, 2, "relu", False), (40, 0, 2, "hswish", True)), depth=(1, 2),
+                          kernel=(3, 5), expand=(2, 3, 4), head=(128, 128), stem_stride=2),
+}
+
+def make_net(name: str, preset: str, classes: int) -> Net:
+    """The network with its genes and switches. `expand_2_3` belongs to the third block of the second stage."""
+    net = Net(**NETWORKS[name, "tiny" if preset == "tiny" else "paper"], classes=classes)
+    stages = range(1, len(net.stages) + 1)
+    slots = [f"{s}_{b}" for s in stages for b in range(1, net.stages[s - 1][1] + net.depth[-1] + 1)]
+    space = {"depth_stem": (net.depth[0], net.depth[-1])} if net.width else {}
+    space |= {f"depth_{s}": net.depth for s in stages}
+    space |= {f"width_{part}": net.width for part in ("mid", "stem", *stages) if net.width}
+    space |= {f"kernel_{slot}": net.kernel for slot in slots if net.kernel}
+    space |= {f"expand_{slot}": net.expand for slot in slots}
+    names, base = list(space), {str(s): net.stages[s - 1][1] for s in stages}
+    switches = [(names.index(f"depth_{part[1]}"), int(part[2]) - base[part[1]]) if len(part) == 3 else (0, 0)
+                for part in (name.split("_") for name in names)]  # three parts, as in expand_2_3: a block's gene
+    return net._replace(genes=space, switches=tuple(switches))
+
 def count_students(net: Net) -> int:
     """How many genotypes the network holds, exactly (section 4.3; the paper's estimate is 2e19 for both).
 
@@ -54,6 +73,15 @@ def count_students(net: Net) -> int:
         total *= sum(per_block ** (base_depth + depth) for depth in net.depth)
     return total
 
+def shapes(net: Net) -> dict[str, tuple]:
+    """Name and shape of every shared weight: those of the largest student, and the kernel transforms."""
+    shape = {}
+    for layer in layers(blocks_of(net, student_at(net, -1))):
+        shape[f"{layer.name}.conv.weight"] = (layer.out, layer.inp // layer.groups, layer.kernel, layer.kernel)
+        shape |= {f"{layer.name}.{part}": (layer.out,) for part in layer.tail}
+        if layer.groups > 1:
+            shape |= {f"{layer.name}.to{k}": (k * k, k * k) for k in net.kernel if k < layer.kernel}
+    return shape
 
 def init_weights(net: Net) -> dict[str, Tensor]:
     """Shared weights at random: He et al. (2015) for convolutions, identities for batch norm and kernel transforms."""
@@ -69,7 +97,6 @@ def init_weights(net: Net) -> dict[str, Tensor]:
     shared["classifier.conv.weight"] *= 0.1  # start near the uniform answer
     return shared
 
-
 def difference_from_standalone(shared: dict[str, Tensor], blocks: tuple) -> float:
     """Largest difference between the logits of a slice and those of a network of plain layers that copied it."""
     x = torch.rand(8, 3, 32, 32)
@@ -79,95 +106,58 @@ def difference_from_standalone(shared: dict[str, Tensor], blocks: tuple) -> floa
     with torch.no_grad():
         return (forward(weights, blocks, x, stats) - standalone(x)).abs().max().item()
 
-
 # ---- The dynamic network: genes -> layers -> a slice of the shared weights -> logits ---------------------------------
-# A dynamic network: channels of the stem; stages (width, base depth, stride[, activation, squeeze-and-excitation]); the
-# choices of each kind of gene, smallest first. Dyn-ResNet50 has width genes, Dyn-MobileNetV3 kernel genes and a head.
-Net = namedtuple("Net", "stem stages depth expand width kernel head stem_stride classes", defaults=((), (), (), 1, 10))
-# A convolution (a linear layer is a 1x1 one), what follows it (BN, BIAS or nothing: these weights) and its activation.
+# Channels of the stem; stages (width, base depth, stride[, activation, squeeze-and-excitation]); the choices of each
+# kind of gene, smallest first; {gene: its choices} in the order of a genotype. Chapter 1 makes it, the others read it.
+Net = namedtuple("Net", "stem stages depth expand width kernel head stem_stride classes genes switches",
+                 defaults=((), (), (), 1, 10, (), ()))
+# A convolution (a linear layer is a 1x1 one), the weights behind it (batch norm, a bias or none) and its activation.
 BN = ("bn.weight", "bn.bias")
 BIAS = ("conv.bias",)
 Layer = namedtuple("Layer", "name inp out kernel stride groups tail act", defaults=(1, 1, 1, BN, "relu"))
-# act(main(x) + shortcut(x)): shortcut None is none, () the identity. The gate, squeeze-and-excitation, scales what the
-# last layer of main reads. pool: global average pooling first.
+# act(main(x) + shortcut(x)): shortcut None is none, () the identity. gate, squeeze-and-excitation, scales what the last
+# layer of main reads. pool: global average pooling first.
 Block = namedtuple("Block", "main shortcut gate act pool", defaults=(None, (), "none", False))
-NETWORKS = {  # sections 4.3 and 5.0.1; "tiny" is of the same construction, for laptops and tests
-    ("resnet50", "paper"): Net(stem=64, stages=((256, 2, 1), (512, 2, 2), (1024, 4, 2), (2048, 2, 2)),
-                               depth=(0, 1, 2), width=(0.65, 0.8, 1.0), expand=(0.2, 0.25, 0.35)),
-    ("resnet50", "tiny"): Net(stem=16, stages=((64, 1, 2), (128, 1, 2)), depth=(0, 1), width=(0.5, 0.75, 1.0),
-                              expand=(0.25, 0.375, 0.5), stem_stride=2),
-    ("mbv3", "paper"): Net(
-        stem=16, stages=((24, 0, 1, "relu", False), (40, 0, 2, "relu", True), (80, 0, 2, "hswish", False),
-                         (112, 0, 1, "hswish", True), (160, 0, 2, "hswish", True)),
-        depth=(2, 3, 4), kernel=(3, 5, 7), expand=(3, 4, 6), head=(960, 1280)),
-    ("mbv3", "tiny"): Net(stem=16, stages=((24, 0, 2, "relu", False), (40, 0, 2, "hswish", True)), depth=(1, 2),
-                          kernel=(3, 5), expand=(2, 3, 4), head=(128, 128), stem_stride=2),
-}
 ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu_, "hswish": F.hardswish, "hsigmoid": F.hardsigmoid}
-
 
 def divisible(channels: float) -> int:
     """The nearest multiple of 8 that is at least 8 and not below 90% of `channels`."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
-
-@functools.lru_cache(maxsize=None)
-def genes(net: Net) -> dict[str, tuple]:
-    """{gene: its choices} in the order of a genotype. `expand_2_3` belongs to the third block of the second stage."""
-    stages = range(1, len(net.stages) + 1)
-    slots = [f"{s}_{b}" for s in stages for b in range(1, net.stages[s - 1][1] + net.depth[-1] + 1)]
-    space = {"depth_stem": (net.depth[0], net.depth[-1])} if net.width else {}
-    space |= {f"depth_{s}": net.depth for s in stages}
-    space |= {f"width_{part}": net.width for part in ("mid", "stem", *stages) if net.width}
-    space |= {f"kernel_{slot}": net.kernel for slot in slots if net.kernel}
-    return space | {f"expand_{slot}": net.expand for slot in slots}
-
-
 def canonical(net: Net, student: tuple) -> tuple:
-    """The one genotype of a student: genes of blocks that its depth genes switch off are 0."""
-    value = dict(zip(genes(net), student))
-    active = {str(s): stage[1] + value[f"depth_{s}"] for s, stage in enumerate(net.stages, 1)}
-    parts = (name.split("_") for name in value)  # three of them, as in expand_2_3, is a block's gene
-    return tuple(0 if len(part) == 3 and int(part[2]) > active[part[1]] else gene
-                 for part, gene in zip(parts, student))
-
+    """The one genotype of a student: genes of blocks that its depth genes switch off are 0. A switch is the place of a
+    depth gene and the value from which it is on; (0, 0), always on, for most genes."""
+    return tuple([gene if student[place] >= least else 0 for gene, (place, least) in zip(student, net.switches)])
 
 def student_at(net: Net, place: int) -> tuple:
     """The student with every gene at this place of its choices: -1 is the largest, the teacher; 0 the smallest."""
-    return canonical(net, tuple(choices[place] for choices in genes(net).values()))
-
+    return canonical(net, tuple(choices[place] for choices in net.genes.values()))
 
 def sample(net: Net, rng: random.Random, kinds: tuple = ("depth", "width", "kernel", "expand")) -> tuple:
     """A student whose genes of these kinds are drawn uniformly, the others being the largest."""
     return canonical(net, tuple(rng.choice(choices) if name.split("_")[0] in kinds else choices[-1]
-                                for name, choices in genes(net).items()))
+                                for name, choices in net.genes.items()))
 
-
-def bottleneck(name: str, inp: int, out: int, expand: float, stride: int) -> Block:
-    """ResNet's block: 1x1 down, 3x3, 1x1 up; the first block of a stage pools and projects its shortcut."""
-    middle = divisible(round(out * expand))
-    main = (Layer(f"{name}_reduce", inp, middle), Layer(f"{name}_middle", middle, middle, 3, stride),
+@functools.lru_cache(maxsize=None)
+def residual(resnet: bool, name: str, inp: int, out: int, kernel: int, expand: float, stride: int, act="", gated=False):
+    """ResNet's block (1x1 down, 3x3, 1x1 up; the first of a stage pools and projects its shortcut) or MobileNet's (1x1
+    up, depthwise, gate, 1x1 down; its shortcut is there where the shape is kept)."""
+    middle = divisible(round((out if resnet else inp) * expand))
+    main = (Layer(f"{name}_reduce", inp, middle, act=act or "relu"),
+            Layer(f"{name}_middle", middle, middle, kernel, stride, 1 if resnet else middle, act=act or "relu"),
             Layer(f"{name}_last", middle, out, act="none"))
-    shortcut = (Layer(f"{name}_shortcut", inp, out, act="none"),) if name.endswith("_1") else ()
-    return Block(main, shortcut, act="relu")
-
-
-def inverted_bottleneck(name: str, inp: int, out: int, kernel: int, expand: int, stride: int, act: str, gated: bool):
-    """MobileNet's block: 1x1 up, depthwise, gate, 1x1 down; the shortcut is there where the shape is kept."""
-    middle = divisible(round(inp * expand))
+    if resnet:
+        projection = (Layer(f"{name}_shortcut", inp, out, act="none"),)
+        return Block(main, projection if name.endswith("_1") else (), act="relu")
     squeezed = divisible(middle // 4)
-    main = (Layer(f"{name}_reduce", inp, middle, act=act),
-            Layer(f"{name}_middle", middle, middle, kernel, stride, groups=middle, act=act),
-            Layer(f"{name}_last", middle, out, act="none"))
     gate = (Layer(f"{name}_squeeze", middle, squeezed, tail=BIAS),
             Layer(f"{name}_excite", squeezed, middle, tail=BIAS, act="hsigmoid"))
     return Block(main[expand == 1:], () if stride == 1 and inp == out else None, gate if gated else ())
 
-
 def blocks_of(net: Net, student: tuple) -> tuple[Block, ...]:
     """The student's network, from the input image to the logits."""
-    gene = dict(zip(genes(net), student))
+    gene = dict(zip(net.genes, student))
     if net.width:
         inp = divisible(net.stem * gene["width_stem"])
         middle = divisible(divisible(net.stem * gene["width_mid"]) // 2)
@@ -178,13 +168,13 @@ def blocks_of(net: Net, student: tuple) -> tuple[Block, ...]:
     else:
         inp = net.stem
         blocks = [Block((Layer("stem", 3, inp, 3, net.stem_stride, act="hswish"),)),
-                  inverted_bottleneck("0_1", inp, inp, 3, 1, 1, "relu", False)]
+                  residual(False, "0_1", inp, inp, 3, 1, 1)]
     for s, (width, base_depth, stride, *act_and_gate) in enumerate(net.stages, 1):
         out = divisible(width * gene[f"width_{s}"]) if net.width else width
         for b in range(1, base_depth + gene[f"depth_{s}"] + 1):
-            expand, block_stride = gene[f"expand_{s}_{b}"], stride if b == 1 else 1
-            blocks.append(bottleneck(f"{s}_{b}", inp, out, expand, block_stride) if net.width else inverted_bottleneck(
-                f"{s}_{b}", inp, out, gene[f"kernel_{s}_{b}"], expand, block_stride, *act_and_gate))
+            kernel, expand = gene[f"kernel_{s}_{b}"] if net.kernel else 3, gene[f"expand_{s}_{b}"]
+            blocks.append(residual(net.width != (), f"{s}_{b}", inp, out, kernel, expand, stride if b == 1 else 1,
+                                   *act_and_gate))
             inp = out
     if net.head:
         blocks += [Block((Layer("head_1", inp, net.head[0], act="hswish"),)),
@@ -192,25 +182,13 @@ def blocks_of(net: Net, student: tuple) -> tuple[Block, ...]:
         inp = net.head[1]
     return (*blocks, Block((Layer("classifier", inp, net.classes, tail=BIAS, act="none"),), pool=True))
 
-
 def layers(blocks: tuple) -> list[Layer]:
     """All layers of a network."""
     return [layer for block in blocks for layer in (*block.main, *block.gate, *(block.shortcut or ()))]
 
-
-def shapes(net: Net) -> dict[str, tuple]:
-    """Name and shape of every shared weight: those of the largest student, and the kernel transforms."""
-    shape = {}
-    for layer in layers(blocks_of(net, student_at(net, -1))):
-        shape[f"{layer.name}.conv.weight"] = (layer.out, layer.inp // layer.groups, layer.kernel, layer.kernel)
-        shape |= {f"{layer.name}.{part}": (layer.out,) for part in layer.tail}
-        if layer.groups > 1:
-            shape |= {f"{layer.name}.to{k}": (k * k, k * k) for k in net.kernel if k < layer.kernel}
-    return shape
-
-
-def slice_weights(shared: dict[str, Tensor], blocks: tuple) -> dict[str, Tensor]:
-    """A student's weights: the leading channels of the shared ones, and the transformed centres of the kernels."""
+def slice_weights(shared: dict[str, Tensor], blocks: tuple, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """A student's weights: leading channels of the shared ones, transformed centres of kernels; convolutions packed,
+    channels last (1.2 times as fast as channels first), and in `dtype`, if given."""
     weights = {}
     for layer in layers(blocks):
         weight = shared[f"{layer.name}.conv.weight"][:layer.out, :layer.inp // layer.groups]
@@ -220,8 +198,9 @@ def slice_weights(shared: dict[str, Tensor], blocks: tuple) -> dict[str, Tensor]
             weight = (centre @ shared[f"{layer.name}.to{k}"]).view(layer.out, 1, k, k)
         weights[f"{layer.name}.conv.weight"] = weight.contiguous(memory_format=torch.channels_last)
         weights |= {f"{layer.name}.{part}": shared[f"{layer.name}.{part}"][:layer.out] for part in layer.tail}
+    if dtype:
+        weights = {name: weight.to(dtype) if ".conv." in name else weight for name, weight in weights.items()}
     return weights
-
 
 def walk(blocks: tuple, x: Tensor, run) -> Tensor:
     """x (B, 3, H, W) -> logits (B, classes); run(layer, x) computes one layer."""
@@ -238,13 +217,10 @@ def walk(blocks: tuple, x: Tensor, run) -> Tensor:
         x = ACTIVATIONS[block.act](y if block.shortcut is None else y + x)
     return x.flatten(1)
 
-
 def forward(weights: dict, blocks: tuple, x: Tensor, stats: dict | None = None, momentum: float = 0.0) -> Tensor:
-    """Logits (B, classes) of a student for images x (B, 3, 32, 32) in [0, 1].
-
-    Without `stats`, {layer: (mean, var)}, each batch norm uses its batch's statistics, as in training; with them these,
-    frozen; with a momentum too, its batch's again, while `stats` are updated in place (calibration).
-    """
+    """Logits (B, classes) of a student for images x (B, 3, 32, 32) in [0, 1]. Without `stats`, {layer: (mean, var)},
+    each batch norm uses its batch's statistics, as in training; with them these, frozen; with a momentum too, its
+    batch's again, while `stats` are updated in place (calibration). In bf16 are convolutions alone."""
     def run(layer, x):
         conv, bn = f"{layer.name}.conv", f"{layer.name}.bn"
         x = F.conv2d(x, weights[f"{conv}.weight"], weights.get(f"{conv}.bias"), layer.stride, layer.kernel // 2, 1,
@@ -254,23 +230,29 @@ def forward(weights: dict, blocks: tuple, x: Tensor, stats: dict | None = None, 
             x = F.batch_norm(x, mean, var, weights[f"{bn}.weight"], weights[f"{bn}.bias"], not stats or momentum > 0,
                              momentum)
         return ACTIVATIONS[layer.act](x)
-    return walk(blocks, x.contiguous(memory_format=torch.channels_last), run)
+    dtype = weights[f"{blocks[0].main[0].name}.conv.weight"].dtype
+    return walk(blocks, x.to(dtype).contiguous(memory_format=torch.channels_last), run).to(x.dtype)
 
+@functools.lru_cache(maxsize=None)
+def block_cost(block: Block, side: int) -> tuple[int, int, int]:
+    """(parameters, MACs, side of the map it makes) of a block that is given a map of side x side pixels."""
+    params = macs = 0
+    side = 1 if block.pool else side
+    for layer in (*block.main, *block.gate, *(block.shortcut or ())):
+        weight = layer.out * layer.inp // layer.groups * layer.kernel ** 2
+        side //= layer.stride
+        macs += weight * (1 if layer in block.gate else side ** 2)
+        params += weight + len(layer.tail) * layer.out
+    return params, macs, side
 
-@functools.lru_cache(maxsize=100000)
 def cost(net: Net, student: tuple) -> tuple[int, int]:
     """(parameters, MACs of one 3x32x32 image) of a student; batch norm and activations are not counted as MACs."""
     params = macs = 0
     side = 32  # of the map, in pixels
     for block in blocks_of(net, student):
-        side = 1 if block.pool else side
-        for layer in (*block.main, *block.gate, *(block.shortcut or ())):
-            weight = layer.out * layer.inp // layer.groups * layer.kernel ** 2
-            side //= layer.stride
-            macs += weight * (1 if layer in block.gate else side ** 2)
-            params += weight + len(layer.tail) * layer.out
+        more, much, side = block_cost(block, side)
+        params, macs = params + more, macs + much
     return params, macs
-
 
 class Standalone(nn.Module):
     """A student as an ordinary network of nn.Conv2d and nn.BatchNorm2d; its state dict is the slice and its stats."""
@@ -291,25 +273,29 @@ class Standalone(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return walk(self.blocks, x, lambda layer, x: ACTIVATIONS[layer.act](getattr(self, layer.name)(x)))
 
-
 # ---- Data: every image is decoded once, and lives on the device as uint8 ---------------------------------------------
 def data_file(args) -> Path:
     """The cache of --dataset's images, which chapter 1 writes; another one when a folder gains or loses files."""
-    if args.dataset in ("cifar10", "cifar100", "toy"):
-        return args.data_dir / (f"toy-{args.seed}.pt" if args.dataset == "toy" else f"{args.dataset}.pt")
-    folders = [folder.resolve() for folder in sorted(Path(args.dataset).glob("t*/*")) if folder.is_dir()]
-    found = repr([(str(folder), folder.stat().st_mtime_ns) for folder in folders])
-    return args.data_dir / f"{args.name}-{hashlib.sha256(found.encode()).hexdigest()[:12]}.pt"
-
+    mark = f"-{args.seed}" if args.dataset == "toy" else ""
+    if args.dataset not in ("cifar10", "cifar100", "toy"):
+        folders = [folder for folder in sorted(Path(args.dataset).resolve().glob("t*/*")) if folder.is_dir()]
+        found = [(str(folder), folder.stat().st_mtime_ns) for folder in folders]
+        mark = "-" + hashlib.sha256(repr(found).encode()).hexdigest()[:12]
+    return args.data_dir / f"{args.name}{mark}.pt"
 
 def load_data(args) -> dict[str, Tensor]:
     """{train, held_out, test}, uint8 (N, 3, 32, 32), and {train, held_out, test}_labels, (N,), on --device; held_out is
-    a tenth of the training images. Sets the number of classes in args.net and the settings."""
-    content = load(need(args, data_file(args), "01_dynamic_net.py"), {})
-    args.net = args.net._replace(classes=content["classes"])
+    a tenth of the training images. Adds the number of classes to the settings."""
+    path = need(args, data_file(args), "01_dynamic_net.py")
+    content = load(path, {})
+    data = {name: part.to(args.device) for name, part in content.items() if torch.is_tensor(part)}
+    for name in ("train", "held_out", "test"):
+        images, labels = (data.get(key, torch.empty(1)) for key in (name, f"{name}_labels"))
+        if (images.dtype, images.shape, labels.dtype) != (torch.uint8, (len(labels), 3, 32, 32), torch.int64) or not (
+                labels.numel() and 0 <= labels.min() and labels.max() < content["classes"]):
+            fail(f"{path} does not hold {name} images and their labels: delete it to have it made anew")
     args.common["classes"] = args.settings["classes"] = content["classes"]
-    return {name: part.to(args.device) for name, part in content.items() if torch.is_tensor(part)}
-
+    return data
 
 # ---- Files: the only thing that chapters share -----------------------------------------------------------------------
 def fail(message: str):
@@ -317,68 +303,73 @@ def fail(message: str):
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
-
 def write(path: Path, content):
-    """Write a checkpoint (a dict) or a table (a list of rows): the whole file, or none; exits if it cannot."""
-    buffer = io.BytesIO()
-    if isinstance(content, dict):
-        torch.save(content, buffer)
-    else:
-        lines = [max(content, key=len)] + [[row.get(column, "") for column in max(content, key=len)] for row in content]
-        buffer.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+    """Write a checkpoint (a dict), a table (a list of rows) or bytes: the whole file, or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
+    if isinstance(content, list):
+        columns = max(content, key=len)
+        lines = [columns, *([row.get(column, "") for column in columns] for row in content)]
+        content = "".join(",".join(map(str, line)) + "\n" for line in lines).encode()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
+            torch.save(content, file) if isinstance(content, dict) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        if temporary.exists():
-            temporary.unlink()
-        fail(f"{path} could not be written: {error.strerror}")
+    finally:
+        temporary.unlink(missing_ok=True)
 
-
-def load(path: Path, settings: dict, net: Net | None = None) -> dict:
-    """Read a checkpoint; exits if it is damaged, of other settings, or its weights are not those of `net`."""
+def load(path: Path, settings: dict, expected: dict | None = None) -> dict:
+    """Read a checkpoint; exits if it is damaged, of other settings, or its weights are not the `expected` {name: shape}
+    in float32. No code in it is run, and its tensors stay on the disk until they are used."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        made_with = content["settings"]
-        found = {name: tuple(weight.shape) for name, weight in content["weights"].items()} if net else None
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        other = [f"{name} {content['settings'].get(name)}, not {value}" for name, value in settings.items()
+                 if content["settings"].get(name) != value]
+        found = {name: (weight.shape, weight.dtype) for name, weight in content.get("weights", {}).items()}
     except Exception as error:  # torch.load raises many kinds
         fail(f"{path} is cut short or not one of our files ({type(error).__name__}): delete it to have it made anew")
-    other = [f"{name} {made_with.get(name)}, not {value}" for name, value in settings.items()
-             if made_with.get(name) != value]
     if other:
         fail(f"{path} was made with {'; '.join(other)}: take another --out, or make it anew with --restart")
-    if net and found != shapes(net):
+    if expected and found != {name: (shape, torch.float32) for name, shape in expected.items()}:
         fail(f"{path} does not hold the weights of this network: delete it to have it made anew")
     return content
 
+def lock(args, folder: Path, *old: Path):
+    """Keep other processes out of the folder until this one ends, in whatever way; with --restart, delete `old`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = args.locks[folder] = open(folder / ".lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        fail(f"{folder} is in use by process {file.read()}: wait for it, or take another folder")
+    file.truncate(0)
+    print(os.getpid(), end="", file=file, flush=True)
+    for path in old if args.restart else ():
+        path.unlink(missing_ok=True)
 
-# ---- Flags and progress ----------------------------------------------------------------------------------------------
+# ---- Flags, and how chapters follow each other -----------------------------------------------------------------------
 def read_flags(stage: dict, **others: dict) -> argparse.Namespace:
     """The flags common to all chapters, the numbers of this one's `stage`, and other flags with their settings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
-    parser.add_argument("--dataset", default="cifar10", metavar="cifar10|cifar100|toy|PATH",
-                        help="PATH: a folder with train/<class>/* and test/<class>/* images")
-    parser.add_argument("--net", default="resnet50", choices=sorted({name for name, _ in NETWORKS}))
-    parser.add_argument("--preset", choices=("paper", "quick", "tiny"), help="default: paper, for toy tiny")
-    parser.add_argument("--out", type=Path, help="folder of all chapters' files (default: runs/<dataset>-<net>)")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of the cached images")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    common = {"dataset": {"default": "cifar10", "metavar": "cifar10|cifar100|toy|PATH",
+                          "help": "PATH: a folder with train/<class>/* and test/<class>/* images"},
+              "net": {"default": "resnet50", "metavar": "resnet50|mbv3"},
+              "preset": {"choices": ("paper", "quick", "tiny"), "help": "default: paper, for toy tiny"},
+              "out": {"type": Path, "help": "folder of all chapters' files (default: runs/<dataset>-<net>)"},
+              "data_dir": {"type": Path, "default": Path("data"), "help": "folder of the cached images"},
+              "seed": {"type": int, "default": 0},
+              "device": {"help": "cpu, cuda or cuda:N (default: cuda if there is one)"}}
+    numbers = {name: {"type": type(paper), "help": f"{text} (presets: paper {paper:g}, quick {quick:g}, tiny {tiny:g})"}
+               for name, (paper, quick, tiny, text) in stage.items()}
     parser.add_argument("--restart", action="store_true", help="start this chapter over")
-    for name, (paper, quick, tiny, text) in stage.items():
-        parser.add_argument("--" + name.replace("_", "-"), type=type(paper),
-                            help=f"{text} (presets: paper {paper:g}, quick {quick:g}, tiny {tiny:g})")
-    for name, settings in others.items():
+    for name, settings in {**common, **numbers, **others}.items():
         parser.add_argument("--" + name.replace("_", "-"), **settings)
-    args = parser.parse_args()
-    args.given = [f"--{name.replace('_', '-')}={getattr(args, name)}"
-                  for name in ("dataset", "net", "preset", "out", "data_dir", "seed", "device")
+    args = parser.parse_args(namespace=argparse.Namespace(bench=False, locks={}))
+    args.given = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in common
                   if getattr(args, name) != parser.get_default(name)]
     args.preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
     for name, values in stage.items():
@@ -391,15 +382,14 @@ def read_flags(stage: dict, **others: dict) -> argparse.Namespace:
     args.name = Path(args.dataset).resolve().name
     args.out = args.out or Path("runs", f"{args.name}-{args.net}")
     args.common = {"dataset": data_file(args).stem, "net": args.net, "preset": args.preset}
-    args.settings = {**args.common, "seed": args.seed, **{name: getattr(args, name) for name in (*stage, *others)}}
-    args.net = NETWORKS[args.net, "tiny" if args.preset == "tiny" else "paper"]
+    chosen = {name: getattr(args, name) for name in (*stage, *others) if name not in ("bench", "save_every")}
+    args.settings = {**args.common, "seed": args.seed, **chosen}
     try:
         args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError):
         fail(f"--device {args.device}: there is no such device here; --device cpu always works")
     return args
-
 
 def need(args, path: Path, script: str, *words: str) -> Path:
     """The path of another chapter's file; if it is missing, that chapter runs first, with the same common flags."""
@@ -409,16 +399,23 @@ def need(args, path: Path, script: str, *words: str) -> Path:
             raise SystemExit(2)  # it has said why, unless it was killed
     return path
 
-
-def finish(args, rows: list[dict], wrote: list, following: str):
+def finish(args, rows: list[dict], wrote: tuple = (), following: str = ""):
     """A table of aligned columns, what was written, and the command that comes next."""
     lines = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
     for line in [list(rows[0]), *lines] if rows else []:
         print("".join(cell.rjust(2 + max(map(len, column))) for cell, *column in zip(line, rows[0], *lines)))
-    print("wrote", *wrote)
-    if following:
-        print("next: python", following, shlex.join(args.given))
+    said = [" ".join(map(str, ["wrote", *wrote]))] if wrote else []
+    print(*said, *([f"next: python {following} {shlex.join(args.given)}"] if following else []), sep="\n")
 
+def run_chapter(main):
+    """main(); Ctrl-C and a file that cannot be written end it with one line."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("stopped; continue with: python", shlex.join(word for word in sys.argv if word != "--restart"), file=sys.stderr)
+        raise SystemExit(130)
+    except OSError as error:
+        fail(f"{error.filename or 'a file'} could not be written: {error.strerror}")
 
 # ---- The images: read once, for all chapters -------------------------------------------------------------------------
 def toy_images(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -441,7 +438,6 @@ def toy_images(count: int, seed: int) -> tuple[Tensor, Tensor]:
     images = rng.uniform(0.3, 0.7, (count, 3, 1, 1)) + colour * wave[:, None] + rng.normal(0, 0.04, (count, 3, 32, 32))
     return torch.from_numpy((images.clip(0, 1) * 255).astype(np.uint8)), torch.from_numpy(labels)
 
-
 def cifar_images(args, train: bool) -> tuple[Tensor, Tensor]:
     """CIFAR-10 or CIFAR-100 through torchvision, which downloads and checks it; exits if that fails."""
     import torchvision
@@ -452,7 +448,6 @@ def cifar_images(args, train: bool) -> tuple[Tensor, Tensor]:
         fail(f"{args.dataset} could not be downloaded ({type(error).__name__}): offline, put {source.filename} into "
              f"{args.data_dir}, or take --dataset toy or a folder of images")
     return torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(images.targets)
-
 
 def folder_images(folder: Path) -> tuple[Tensor, Tensor, list]:
     """The images of folder/<class>/*, resized to 32x32; exits if a class is empty or an image does not decode."""
@@ -468,7 +463,6 @@ def folder_images(folder: Path) -> tuple[Tensor, Tensor, list]:
         except Exception as error:  # whatever the decoder raises, the user needs the file's name
             fail(f"{path} does not decode ({type(error).__name__}): repair or remove it")
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(files.targets), files.classes
-
 
 def read_images(args):
     """Decode the images of --dataset into data_file(args), where every chapter finds them."""
@@ -490,47 +484,47 @@ def read_images(args):
         fail(f"{args.dataset} has {len(train[0])} training images: at least 20 are needed, a tenth is held out")
     order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(0))
     split = {"held_out": order[:len(order) // 10], "train": order[len(order) // 10:]}  # the same for every seed
+    lock(args, args.data_dir)
     write(data_file(args), {
         "settings": {}, "classes": int(train[1].max()) + 1, "test": test[0], "test_labels": test[1],
         **{name: train[0][pick] for name, pick in split.items()},
         **{f"{name}_labels": train[1][pick] for name, pick in split.items()}})
 
-
 # ---- The chapter -----------------------------------------------------------------------------------------------------
 def main():
     args = read_flags(STAGE)
+    if (args.net, "paper") not in NETWORKS:
+        fail(f"--net {args.net}: choose from {', '.join(sorted({name for name, _ in NETWORKS}))}")
     if not data_file(args).exists():
         read_images(args)
-    load_data(args)  # sets the number of classes
+    load_data(args)
+    net = make_net(args.net, args.preset, args.common["classes"])
     checkpoint = args.out / "01_dynamic_net.pt"
     if checkpoint.exists() and not args.restart:
-        load(checkpoint, args.settings, args.net)
+        load(checkpoint, args.settings, shapes(net))
         return finish(args, [], [f"{checkpoint} earlier (--restart makes it anew)"], "02_teacher_trades.py")
-
-    net = args.net
+    lock(args, args.out, checkpoint)
     torch.manual_seed(args.seed)
     shared = init_weights(net)
     rng = random.Random(args.seed)
     students = {"largest": student_at(net, -1), "smallest": student_at(net, 0), "middle": student_at(net, 1)}
     if 0.25 in net.expand and net.width:  # the sizes of the usual ResNet-50, or their like in the tiny network
         usual = {"depth": net.depth[len(net.depth) // 2], "width": 1.0, "expand": 0.25}
-        picks = {name: usual[name.split("_")[0]] for name in genes(net)} | {"depth_stem": net.depth[0]}
+        picks = {name: usual[name.split("_")[0]] for name in net.genes} | {"depth_stem": net.depth[0]}
         students["ResNet-50-like"] = canonical(net, tuple(picks.values()))
     students |= {f"random {i}": sample(net, rng) for i in range(1, args.students + 1)}
-
-    print(f"{args.common['net']} for {net.classes} classes: {len(genes(net))} genes, {count_students(net):,} students")
+    print(f"{args.net} for {net.classes} classes: {len(net.genes)} genes, {count_students(net):,} students")
     shown, rows = [], []
     for name, student in students.items():
         params, macs = cost(net, student)
         difference = difference_from_standalone(shared, blocks_of(net, student))
         shown.append({"student": name, "params (M)": params / 1e6, "MACs (M)": macs / 1e6,
                       "slice against standalone": f"{difference:.0e}"})
-        rows.append({**dict(zip(genes(net), student)), "params": params, "macs": macs})
+        rows.append({**dict(zip(net.genes, student)), "params": params, "macs": macs})
     write(args.out / "01_students.csv", rows)
-    write(checkpoint, {"settings": args.settings, "weights": shared})
+    write(checkpoint, {"settings": args.settings, "net": tuple(net), "weights": shared})
     print("the last column: how far logits are from those of a network of plain layers that copied the slice")
     finish(args, shown, [checkpoint, args.out / "01_students.csv"], "02_teacher_trades.py")
 
-
 if __name__ == "__main__":
-    main()
+    run_chapter(main)

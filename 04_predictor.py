@@ -21,23 +21,14 @@ writes  04_students.csv      a row per measured student, written at once: genes,
 """
 from __future__ import annotations
 
-import argparse
-import datetime
-import functools
-import hashlib
-import io
-import os
-import random
-import shlex
-import subprocess
-import sys
-import time
+import argparse, fcntl, functools, hashlib, os, random, resource, shlex, statistics, subprocess, sys, time, timeit
 from collections import namedtuple
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 STAGE = {  # flag: (paper, quick, tiny, help)
     "students": (2000, 300, 40, "students to measure; paper: 2000 (section 5.2)"),
@@ -53,11 +44,9 @@ STAGE = {  # flag: (paper, quick, tiny, help)
     "hidden_width": (400, 400, 100, "of each; 400 in the released code"),
 }
 
-
 # ---- The lesson: measure some students, predict the others -----------------------------------------------------------
 MEASURED = ("natural", "robust", "natural_half", "robust_half")  # columns of 04_students.csv after the genes
 PREDICTOR_FLAGS = ("test_students", "epochs", "predictor_lr", "hidden_layers", "hidden_width")
-
 
 def draw_students(net: Net, count: int, seed: int) -> list[tuple]:
     """`count` distinct students, each gene drawn uniformly; exits if the network does not hold so many."""
@@ -69,42 +58,41 @@ def draw_students(net: Net, count: int, seed: int) -> list[tuple]:
             return list(students)
     fail(f"--students {count}: this network does not hold so many different students")
 
-
 def measure(args, shared: dict[str, Tensor], students: list[tuple], data: dict, path: Path) -> list[dict]:
     """Natural and robust accuracy of each student on held-out training images; every row is written at once."""
-    rows = read_students(path, args.net, students) if path.exists() else []
+    rows = read_students(path, args.net, students) if path.exists() and not args.bench else []
     if 0 < len(rows) < len(students):
         print(f"continuing {path} at student {len(rows) + 1}", flush=True)
     images, labels = data["held_out"][:args.images], data["held_out_labels"][:args.images]
-    progress = Progress(len(students), "students", len(rows))
+    meter = Meter(args, args.students, "students", len(rows))
     for student in students[len(rows):]:
         predict = calibrated(shared, args.net, student, data["train"][:args.calibration_images])
+        meter.mark("calibration")
         natural, robust = judge(predict, images, labels, args.eps / 255, args.step_size / 255, args.steps)
         whole, half = ([right.float().mean().item() for right in (natural[:n], robust[:n])]
                        for n in (args.images, args.images // 2))
-        rows.append({**dict(zip(genes(args.net), student)), **dict(zip(MEASURED, (*whole, *half)))})
-        write(path, rows)
-        progress(len(rows), lambda: f"natural {whole[0]:.3f}, robust {whole[1]:.3f}")
+        rows.append({**dict(zip(args.net.genes, student)), **dict(zip(MEASURED, (*whole, *half)))})
+        if not args.bench:
+            write(path, rows)
+        meter.lap("natural images and attack", args.images, lambda: f"natural {whole[0]:.3f}, robust {whole[1]:.3f}")
     return rows
 
-
-def train_predictor(args, students: list[tuple], labels: Tensor) -> dict:
-    """Fit the MLP to labels (N, 2) of students by mean squared error; returns {"layers", "mean", "scale"}."""
+def train_predictor(args, students: list[tuple], labels: Tensor) -> dict[str, Tensor]:
+    """The MLP's weights, fitted to labels (N, 2) of students by mean squared error."""
     torch.manual_seed(args.seed)
     features = one_hot(args.net, students)
     mean, scale = labels.mean(0), labels.std(0).clamp(min=1e-4)  # both targets at the same scale
-    widths = [features.shape[1], *[args.hidden_width] * args.hidden_layers, 2]
-    layers = [(torch.randn(inp, out) * (2 / inp) ** 0.5, torch.zeros(out)) for inp, out in zip(widths, widths[1:])]
-    layers[-1][0].zero_()  # before training it answers the mean
-    optimizer = torch.optim.Adam([part.requires_grad_() for layer in layers for part in layer], lr=args.predictor_lr)
+    weights = {name: torch.randn(shape) * (2 / shape[0]) ** 0.5 if len(shape) == 2 else torch.zeros(shape)
+               for name, shape in predictor_shapes(args.net, args.hidden_layers, args.hidden_width).items()}
+    weights[f"matrix_{args.hidden_layers}"].zero_()  # before training it answers the mean
+    optimizer = torch.optim.Adam([weight.requires_grad_() for weight in weights.values()], lr=args.predictor_lr)
     for _ in range(args.epochs):
         for pick in torch.randperm(len(students)).split(16):
-            loss = F.mse_loss(mlp(layers, features[pick]), (labels[pick] - mean) / scale)
+            loss = F.mse_loss(mlp(weights, features[pick]), (labels[pick] - mean) / scale)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return {"layers": [tuple(part.detach() for part in layer) for layer in layers], "mean": mean, "scale": scale}
-
+    return {name: weight.detach() for name, weight in weights.items()} | {"mean": mean, "scale": scale}
 
 def report(labels: Tensor, halves: Tensor, predicted: Tensor) -> list[dict]:
     """What an RMSE means: a row per target, from labels (N, 2), those on half the images, and test predictions (T, 2).
@@ -119,11 +107,10 @@ def report(labels: Tensor, halves: Tensor, predicted: Tensor) -> list[dict]:
              "moves on other images": moved[:, i].square().mean().sqrt().item(),
              "of that not shared": moved[:, i].std().item()} for i in range(2)]
 
-
 def read_students(path: Path, net: Net, students: list[tuple]) -> list[dict]:
     """Rows of measured students; exits unless they are the first of `students`, whole, and plausible numbers."""
     lines = path.read_text(errors="replace").split("\n")
-    header, place = [*genes(net), *MEASURED], f"{path}: repair or delete it;"
+    header, place = [*net.genes, *MEASURED], f"{path}: repair or delete it;"
     missing = set(header) - set(lines[0].split(","))
     if lines[0].split(",") != header:
         fail(f"{place} its columns are not this network's" + (f", {sorted(missing)[0]} is missing" if missing else ""))
@@ -137,102 +124,65 @@ def read_students(path: Path, net: Net, students: list[tuple]) -> list[dict]:
             fail(f"{place} line {number}: {error}")
         if len(values) != len(header) or not all(0 <= value <= 1 for value in values[len(student):]):
             fail(f"{place} line {number} does not hold {len(header)} numbers, accuracies between 0 and 1")
-        for (gene, choices), value, drawn in zip(genes(net).items(), values, student):
+        for (gene, choices), value, drawn in zip(net.genes.items(), values, student):
             if value != drawn:
                 fail(f"{place} line {number}: {gene} is {value:g}, " + ("another student than --seed draws" if value in
                      (0, *choices) else f"not one of {choices}"))
         rows.append(dict(zip(header, (*student, *values[len(student):]))))
     return rows
 
-
 # ---- The dynamic network: genes -> layers -> a slice of the shared weights -> logits ---------------------------------
-# A dynamic network: channels of the stem; stages (width, base depth, stride[, activation, squeeze-and-excitation]); the
-# choices of each kind of gene, smallest first. Dyn-ResNet50 has width genes, Dyn-MobileNetV3 kernel genes and a head.
-Net = namedtuple("Net", "stem stages depth expand width kernel head stem_stride classes", defaults=((), (), (), 1, 10))
-# A convolution (a linear layer is a 1x1 one), what follows it (BN, BIAS or nothing: these weights) and its activation.
+# Channels of the stem; stages (width, base depth, stride[, activation, squeeze-and-excitation]); the choices of each
+# kind of gene, smallest first; {gene: its choices} in the order of a genotype. Chapter 1 makes it, the others read it.
+Net = namedtuple("Net", "stem stages depth expand width kernel head stem_stride classes genes switches",
+                 defaults=((), (), (), 1, 10, (), ()))
+# A convolution (a linear layer is a 1x1 one), the weights behind it (batch norm, a bias or none) and its activation.
 BN = ("bn.weight", "bn.bias")
 BIAS = ("conv.bias",)
 Layer = namedtuple("Layer", "name inp out kernel stride groups tail act", defaults=(1, 1, 1, BN, "relu"))
-# act(main(x) + shortcut(x)): shortcut None is none, () the identity. The gate, squeeze-and-excitation, scales what the
-# last layer of main reads. pool: global average pooling first.
+# act(main(x) + shortcut(x)): shortcut None is none, () the identity. gate, squeeze-and-excitation, scales what the last
+# layer of main reads. pool: global average pooling first.
 Block = namedtuple("Block", "main shortcut gate act pool", defaults=(None, (), "none", False))
-NETWORKS = {  # sections 4.3 and 5.0.1; "tiny" is of the same construction, for laptops and tests
-    ("resnet50", "paper"): Net(stem=64, stages=((256, 2, 1), (512, 2, 2), (1024, 4, 2), (2048, 2, 2)),
-                               depth=(0, 1, 2), width=(0.65, 0.8, 1.0), expand=(0.2, 0.25, 0.35)),
-    ("resnet50", "tiny"): Net(stem=16, stages=((64, 1, 2), (128, 1, 2)), depth=(0, 1), width=(0.5, 0.75, 1.0),
-                              expand=(0.25, 0.375, 0.5), stem_stride=2),
-    ("mbv3", "paper"): Net(
-        stem=16, stages=((24, 0, 1, "relu", False), (40, 0, 2, "relu", True), (80, 0, 2, "hswish", False),
-                         (112, 0, 1, "hswish", True), (160, 0, 2, "hswish", True)),
-        depth=(2, 3, 4), kernel=(3, 5, 7), expand=(3, 4, 6), head=(960, 1280)),
-    ("mbv3", "tiny"): Net(stem=16, stages=((24, 0, 2, "relu", False), (40, 0, 2, "hswish", True)), depth=(1, 2),
-                          kernel=(3, 5), expand=(2, 3, 4), head=(128, 128), stem_stride=2),
-}
 ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu_, "hswish": F.hardswish, "hsigmoid": F.hardsigmoid}
-
 
 def divisible(channels: float) -> int:
     """The nearest multiple of 8 that is at least 8 and not below 90% of `channels`."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
-
-@functools.lru_cache(maxsize=None)
-def genes(net: Net) -> dict[str, tuple]:
-    """{gene: its choices} in the order of a genotype. `expand_2_3` belongs to the third block of the second stage."""
-    stages = range(1, len(net.stages) + 1)
-    slots = [f"{s}_{b}" for s in stages for b in range(1, net.stages[s - 1][1] + net.depth[-1] + 1)]
-    space = {"depth_stem": (net.depth[0], net.depth[-1])} if net.width else {}
-    space |= {f"depth_{s}": net.depth for s in stages}
-    space |= {f"width_{part}": net.width for part in ("mid", "stem", *stages) if net.width}
-    space |= {f"kernel_{slot}": net.kernel for slot in slots if net.kernel}
-    return space | {f"expand_{slot}": net.expand for slot in slots}
-
-
 def canonical(net: Net, student: tuple) -> tuple:
-    """The one genotype of a student: genes of blocks that its depth genes switch off are 0."""
-    value = dict(zip(genes(net), student))
-    active = {str(s): stage[1] + value[f"depth_{s}"] for s, stage in enumerate(net.stages, 1)}
-    parts = (name.split("_") for name in value)  # three of them, as in expand_2_3, is a block's gene
-    return tuple(0 if len(part) == 3 and int(part[2]) > active[part[1]] else gene
-                 for part, gene in zip(parts, student))
-
+    """The one genotype of a student: genes of blocks that its depth genes switch off are 0. A switch is the place of a
+    depth gene and the value from which it is on; (0, 0), always on, for most genes."""
+    return tuple([gene if student[place] >= least else 0 for gene, (place, least) in zip(student, net.switches)])
 
 def student_at(net: Net, place: int) -> tuple:
     """The student with every gene at this place of its choices: -1 is the largest, the teacher; 0 the smallest."""
-    return canonical(net, tuple(choices[place] for choices in genes(net).values()))
-
+    return canonical(net, tuple(choices[place] for choices in net.genes.values()))
 
 def sample(net: Net, rng: random.Random, kinds: tuple = ("depth", "width", "kernel", "expand")) -> tuple:
     """A student whose genes of these kinds are drawn uniformly, the others being the largest."""
     return canonical(net, tuple(rng.choice(choices) if name.split("_")[0] in kinds else choices[-1]
-                                for name, choices in genes(net).items()))
+                                for name, choices in net.genes.items()))
 
-
-def bottleneck(name: str, inp: int, out: int, expand: float, stride: int) -> Block:
-    """ResNet's block: 1x1 down, 3x3, 1x1 up; the first block of a stage pools and projects its shortcut."""
-    middle = divisible(round(out * expand))
-    main = (Layer(f"{name}_reduce", inp, middle), Layer(f"{name}_middle", middle, middle, 3, stride),
+@functools.lru_cache(maxsize=None)
+def residual(resnet: bool, name: str, inp: int, out: int, kernel: int, expand: float, stride: int, act="", gated=False):
+    """ResNet's block (1x1 down, 3x3, 1x1 up; the first of a stage pools and projects its shortcut) or MobileNet's (1x1
+    up, depthwise, gate, 1x1 down; its shortcut is there where the shape is kept)."""
+    middle = divisible(round((out if resnet else inp) * expand))
+    main = (Layer(f"{name}_reduce", inp, middle, act=act or "relu"),
+            Layer(f"{name}_middle", middle, middle, kernel, stride, 1 if resnet else middle, act=act or "relu"),
             Layer(f"{name}_last", middle, out, act="none"))
-    shortcut = (Layer(f"{name}_shortcut", inp, out, act="none"),) if name.endswith("_1") else ()
-    return Block(main, shortcut, act="relu")
-
-
-def inverted_bottleneck(name: str, inp: int, out: int, kernel: int, expand: int, stride: int, act: str, gated: bool):
-    """MobileNet's block: 1x1 up, depthwise, gate, 1x1 down; the shortcut is there where the shape is kept."""
-    middle = divisible(round(inp * expand))
+    if resnet:
+        projection = (Layer(f"{name}_shortcut", inp, out, act="none"),)
+        return Block(main, projection if name.endswith("_1") else (), act="relu")
     squeezed = divisible(middle // 4)
-    main = (Layer(f"{name}_reduce", inp, middle, act=act),
-            Layer(f"{name}_middle", middle, middle, kernel, stride, groups=middle, act=act),
-            Layer(f"{name}_last", middle, out, act="none"))
     gate = (Layer(f"{name}_squeeze", middle, squeezed, tail=BIAS),
             Layer(f"{name}_excite", squeezed, middle, tail=BIAS, act="hsigmoid"))
     return Block(main[expand == 1:], () if stride == 1 and inp == out else None, gate if gated else ())
 
-
 def blocks_of(net: Net, student: tuple) -> tuple[Block, ...]:
     """The student's network, from the input image to the logits."""
-    gene = dict(zip(genes(net), student))
+    gene = dict(zip(net.genes, student))
     if net.width:
         inp = divisible(net.stem * gene["width_stem"])
         middle = divisible(divisible(net.stem * gene["width_mid"]) // 2)
@@ -243,13 +193,13 @@ def blocks_of(net: Net, student: tuple) -> tuple[Block, ...]:
     else:
         inp = net.stem
         blocks = [Block((Layer("stem", 3, inp, 3, net.stem_stride, act="hswish"),)),
-                  inverted_bottleneck("0_1", inp, inp, 3, 1, 1, "relu", False)]
+                  residual(False, "0_1", inp, inp, 3, 1, 1)]
     for s, (width, base_depth, stride, *act_and_gate) in enumerate(net.stages, 1):
         out = divisible(width * gene[f"width_{s}"]) if net.width else width
         for b in range(1, base_depth + gene[f"depth_{s}"] + 1):
-            expand, block_stride = gene[f"expand_{s}_{b}"], stride if b == 1 else 1
-            blocks.append(bottleneck(f"{s}_{b}", inp, out, expand, block_stride) if net.width else inverted_bottleneck(
-                f"{s}_{b}", inp, out, gene[f"kernel_{s}_{b}"], expand, block_stride, *act_and_gate))
+            kernel, expand = gene[f"kernel_{s}_{b}"] if net.kernel else 3, gene[f"expand_{s}_{b}"]
+            blocks.append(residual(net.width != (), f"{s}_{b}", inp, out, kernel, expand, stride if b == 1 else 1,
+                                   *act_and_gate))
             inp = out
     if net.head:
         blocks += [Block((Layer("head_1", inp, net.head[0], act="hswish"),)),
@@ -257,25 +207,13 @@ def blocks_of(net: Net, student: tuple) -> tuple[Block, ...]:
         inp = net.head[1]
     return (*blocks, Block((Layer("classifier", inp, net.classes, tail=BIAS, act="none"),), pool=True))
 
-
 def layers(blocks: tuple) -> list[Layer]:
     """All layers of a network."""
     return [layer for block in blocks for layer in (*block.main, *block.gate, *(block.shortcut or ()))]
 
-
-def shapes(net: Net) -> dict[str, tuple]:
-    """Name and shape of every shared weight: those of the largest student, and the kernel transforms."""
-    shape = {}
-    for layer in layers(blocks_of(net, student_at(net, -1))):
-        shape[f"{layer.name}.conv.weight"] = (layer.out, layer.inp // layer.groups, layer.kernel, layer.kernel)
-        shape |= {f"{layer.name}.{part}": (layer.out,) for part in layer.tail}
-        if layer.groups > 1:
-            shape |= {f"{layer.name}.to{k}": (k * k, k * k) for k in net.kernel if k < layer.kernel}
-    return shape
-
-
-def slice_weights(shared: dict[str, Tensor], blocks: tuple) -> dict[str, Tensor]:
-    """A student's weights: the leading channels of the shared ones, and the transformed centres of the kernels."""
+def slice_weights(shared: dict[str, Tensor], blocks: tuple, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """A student's weights: leading channels of the shared ones, transformed centres of kernels; convolutions packed,
+    channels last (1.2 times as fast as channels first), and in `dtype`, if given."""
     weights = {}
     for layer in layers(blocks):
         weight = shared[f"{layer.name}.conv.weight"][:layer.out, :layer.inp // layer.groups]
@@ -285,8 +223,9 @@ def slice_weights(shared: dict[str, Tensor], blocks: tuple) -> dict[str, Tensor]
             weight = (centre @ shared[f"{layer.name}.to{k}"]).view(layer.out, 1, k, k)
         weights[f"{layer.name}.conv.weight"] = weight.contiguous(memory_format=torch.channels_last)
         weights |= {f"{layer.name}.{part}": shared[f"{layer.name}.{part}"][:layer.out] for part in layer.tail}
+    if dtype:
+        weights = {name: weight.to(dtype) if ".conv." in name else weight for name, weight in weights.items()}
     return weights
-
 
 def walk(blocks: tuple, x: Tensor, run) -> Tensor:
     """x (B, 3, H, W) -> logits (B, classes); run(layer, x) computes one layer."""
@@ -303,13 +242,10 @@ def walk(blocks: tuple, x: Tensor, run) -> Tensor:
         x = ACTIVATIONS[block.act](y if block.shortcut is None else y + x)
     return x.flatten(1)
 
-
 def forward(weights: dict, blocks: tuple, x: Tensor, stats: dict | None = None, momentum: float = 0.0) -> Tensor:
-    """Logits (B, classes) of a student for images x (B, 3, 32, 32) in [0, 1].
-
-    Without `stats`, {layer: (mean, var)}, each batch norm uses its batch's statistics, as in training; with them these,
-    frozen; with a momentum too, its batch's again, while `stats` are updated in place (calibration).
-    """
+    """Logits (B, classes) of a student for images x (B, 3, 32, 32) in [0, 1]. Without `stats`, {layer: (mean, var)},
+    each batch norm uses its batch's statistics, as in training; with them these, frozen; with a momentum too, its
+    batch's again, while `stats` are updated in place (calibration). In bf16 are convolutions alone."""
     def run(layer, x):
         conv, bn = f"{layer.name}.conv", f"{layer.name}.bn"
         x = F.conv2d(x, weights[f"{conv}.weight"], weights.get(f"{conv}.bias"), layer.stride, layer.kernel // 2, 1,
@@ -319,8 +255,8 @@ def forward(weights: dict, blocks: tuple, x: Tensor, stats: dict | None = None, 
             x = F.batch_norm(x, mean, var, weights[f"{bn}.weight"], weights[f"{bn}.bias"], not stats or momentum > 0,
                              momentum)
         return ACTIVATIONS[layer.act](x)
-    return walk(blocks, x.contiguous(memory_format=torch.channels_last), run)
-
+    dtype = weights[f"{blocks[0].main[0].name}.conv.weight"].dtype
+    return walk(blocks, x.to(dtype).contiguous(memory_format=torch.channels_last), run).to(x.dtype)
 
 # ---- Attack and judgement --------------------------------------------------------------------------------------------
 def pgd(predict, x: Tensor, loss, start: Tensor, eps: float, step_size: float, steps: int) -> Tensor:
@@ -334,12 +270,11 @@ def pgd(predict, x: Tensor, loss, start: Tensor, eps: float, step_size: float, s
         x_adv = torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp(0, 1)
     return x_adv
 
-
-def calibrated(shared: dict, net: Net, student: tuple, images: Tensor, batch: int = 250):
+def calibrated(shared: dict, net: Net, student: tuple, images: Tensor, dtype: torch.dtype | None = None, batch=250):
     """The student as it is judged and exported: logits = predict(x), with its own frozen batch-norm statistics,
     averages over uint8 training images (N, 3, 32, 32): no shared statistics would suit every student."""
     blocks = blocks_of(net, student)
-    weights = {name: weight.detach() for name, weight in slice_weights(shared, blocks).items()}
+    weights = {name: weight.detach() for name, weight in slice_weights(shared, blocks, dtype).items()}
     stats = {layer.name: (torch.zeros(layer.out, device=images.device), torch.ones(layer.out, device=images.device))
              for layer in layers(blocks) if layer.tail == BN}
     with torch.no_grad():
@@ -347,62 +282,124 @@ def calibrated(shared: dict, net: Net, student: tuple, images: Tensor, batch: in
             forward(weights, blocks, x / 255, stats, momentum=len(x) / (i * batch + len(x)))  # a plain average
     return functools.partial(forward, weights, blocks, stats=stats)
 
-
 def judge(predict, images: Tensor, labels: Tensor, eps: float, step_size: float, steps: int, batch: int = 250):
     """(natural, robust): which uint8 images are classified right, and which still are after PGD; bool (N,) each. PGD
-    climbs the cross-entropy from a uniform start in the ball, of a fixed seed (with one step, FGSM, from the image)."""
-    generator = torch.Generator(images.device).manual_seed(0)
+    climbs the cross-entropy from a uniform start in the ball (FGSM, with one step, from the image): the same start for
+    all images, so that the answer for one depends neither on its place nor on the batch."""
+    noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(images.device)
+    start = (2 * noise - 1) * (eps if steps > 1 else 0)
     natural, robust = torch.zeros(2, len(images), dtype=torch.bool, device=images.device)
     for first in range(0, len(images), batch):
         x, y = images[first:first + batch] / 255, labels[first:first + batch]
-        start = (2 * torch.rand(x.shape, generator=generator, device=x.device) - 1) * (eps if steps > 1 else 0)
         with torch.no_grad():
             right = natural[first:first + batch] = predict(x).argmax(1) == y
         if right.any():
             x, y = x[right], y[right]  # the others are lost already
-            x_adv = pgd(predict, x, lambda logits: F.cross_entropy(logits, y), start[right], eps, step_size, steps)
+            x_adv = pgd(predict, x, lambda logits: F.cross_entropy(logits, y), start, eps, step_size, steps)
             with torch.no_grad():
                 robust[first:first + batch][right] = predict(x_adv).argmax(1) == y
     return natural, robust
 
-
 # ---- The predictor ---------------------------------------------------------------------------------------------------
 def one_hot(net: Net, students: list[tuple]) -> Tensor:
     """Features (N, sum of choices) of students: for each gene a 1 at its choice; a gene that is off has none."""
-    place, choice = zip(*((i, value) for i, choices in enumerate(genes(net).values()) for value in choices))
+    place, choice = zip(*((i, value) for i, choices in enumerate(net.genes.values()) for value in choices))
     return (torch.tensor(students, dtype=torch.float64)[:, place] == torch.tensor(choice, dtype=torch.float64)).float()
 
+def predictor_shapes(net: Net, hidden_layers: int, hidden_width: int) -> dict[str, tuple]:
+    """Names and shapes of the predictor's weights; mean and scale are those of its two targets."""
+    widths = [sum(map(len, net.genes.values())), *[hidden_width] * hidden_layers, 2]
+    shape = {"mean": (2,), "scale": (2,)}
+    for i, (inp, out) in enumerate(zip(widths, widths[1:])):
+        shape |= {f"matrix_{i}": (inp, out), f"bias_{i}": (out,)}
+    return shape
 
-def mlp(weights: list, x: Tensor) -> Tensor:
-    """A fully-connected network with ReLU: x (N, features) -> (N, outputs); weights is a list of (matrix, bias)."""
-    for matrix, bias in weights[:-1]:
-        x = F.relu(x @ matrix + bias)
-    return x @ weights[-1][0] + weights[-1][1]
+def mlp(weights: dict, x: Tensor) -> Tensor:
+    """A fully-connected network with ReLU: features x (N, sum of choices) -> (N, 2)."""
+    last = len(weights) // 2 - 2
+    for i in range(last):
+        x = F.relu(x @ weights[f"matrix_{i}"] + weights[f"bias_{i}"])
+    return x @ weights[f"matrix_{last}"] + weights[f"bias_{last}"]
 
-
-def predict_accuracy(predictor: dict, net: Net, students: list[tuple]) -> Tensor:
+def predict_accuracy(weights: dict, net: Net, students: list[tuple]) -> Tensor:
     """Predicted (natural, robust) accuracy of students, (N, 2), each a share of 1."""
-    return mlp(predictor["layers"], one_hot(net, students)) * predictor["scale"] + predictor["mean"]
-
+    return mlp(weights, one_hot(net, students)) * weights["scale"] + weights["mean"]
 
 # ---- Data: every image is decoded once, and lives on the device as uint8 ---------------------------------------------
 def data_file(args) -> Path:
     """The cache of --dataset's images, which chapter 1 writes; another one when a folder gains or loses files."""
-    if args.dataset in ("cifar10", "cifar100", "toy"):
-        return args.data_dir / (f"toy-{args.seed}.pt" if args.dataset == "toy" else f"{args.dataset}.pt")
-    folders = [folder.resolve() for folder in sorted(Path(args.dataset).glob("t*/*")) if folder.is_dir()]
-    found = repr([(str(folder), folder.stat().st_mtime_ns) for folder in folders])
-    return args.data_dir / f"{args.name}-{hashlib.sha256(found.encode()).hexdigest()[:12]}.pt"
-
+    mark = f"-{args.seed}" if args.dataset == "toy" else ""
+    if args.dataset not in ("cifar10", "cifar100", "toy"):
+        folders = [folder for folder in sorted(Path(args.dataset).resolve().glob("t*/*")) if folder.is_dir()]
+        found = [(str(folder), folder.stat().st_mtime_ns) for folder in folders]
+        mark = "-" + hashlib.sha256(repr(found).encode()).hexdigest()[:12]
+    return args.data_dir / f"{args.name}{mark}.pt"
 
 def load_data(args) -> dict[str, Tensor]:
     """{train, held_out, test}, uint8 (N, 3, 32, 32), and {train, held_out, test}_labels, (N,), on --device; held_out is
-    a tenth of the training images. Sets the number of classes in args.net and the settings."""
-    content = load(need(args, data_file(args), "01_dynamic_net.py"), {})
-    args.net = args.net._replace(classes=content["classes"])
+    a tenth of the training images. Adds the number of classes to the settings."""
+    path = need(args, data_file(args), "01_dynamic_net.py")
+    content = load(path, {})
+    data = {name: part.to(args.device) for name, part in content.items() if torch.is_tensor(part)}
+    for name in ("train", "held_out", "test"):
+        images, labels = (data.get(key, torch.empty(1)) for key in (name, f"{name}_labels"))
+        if (images.dtype, images.shape, labels.dtype) != (torch.uint8, (len(labels), 3, 32, 32), torch.int64) or not (
+                labels.numel() and 0 <= labels.min() and labels.max() < content["classes"]):
+            fail(f"{path} does not hold {name} images and their labels: delete it to have it made anew")
     args.common["classes"] = args.settings["classes"] = content["classes"]
-    return {name: part.to(args.device) for name, part in content.items() if torch.is_tensor(part)}
+    return data
 
+# ---- Training: the loop, the log, a state to continue from, and --bench ----------------------------------------------
+BENCH = {"action": "store_true", "help": "time a few iterations, say where the time goes, and stop"}
+
+class Meter:
+    """Counts iterations (or students) and says, every 10 seconds, how long the rest will take. With --bench it times
+    them, part by part: 8 under PyTorch's FLOP counter, which warm up too, then 8 more; then the program ends."""
+
+    def __init__(self, args, total: int, unit: str, done: int):
+        self.args, self.total, self.unit, self.first, self.done = args, total, unit, done, done
+        self.start = self.said = self.last = time.perf_counter()
+        self.parts, self.laps, self.counter = {}, [], FlopCounterMode(display=False)
+        if args.bench:
+            self.counter.__enter__()
+
+    def mark(self, part: str):
+        """With --bench: the time since the last mark went into this part. Without, nothing waits for the device."""
+        if self.args.bench:
+            if self.args.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.parts[part], self.last = time.perf_counter() - self.last, time.perf_counter()
+
+    def lap(self, part: str, images: int, say):
+        """`part` was the last of one over so many images. `say` is called, and waits for the device, when it is due."""
+        self.mark(part)
+        self.done, now = self.done + 1, time.perf_counter()
+        if self.args.bench:
+            self.laps.append(dict(self.parts))
+            if len(self.laps) == 8:
+                self.counter.__exit__(None, None, None)
+            if len(self.laps) == 16:
+                self.report(images, self.laps[8:])
+        elif self.done == self.first + 3 or now - self.said > 10:
+            minutes = (now - self.start) / (self.done - self.first) * (self.total - self.done) / 60
+            print(f"  {self.done}/{self.total} {self.unit}  {say()}  {minutes:.1f} minutes left", flush=True)
+            self.said = now
+
+    def report(self, images: int, laps: list[dict]):
+        """Where the time of a median lap goes, how fast it is beside a matrix product, and what the whole run takes."""
+        on_gpu, precision = self.args.device.type == "cuda", getattr(self.args, "precision", "fp32")
+        matrix = torch.rand([8192 if on_gpu else 1024] * 2, device=self.args.device)
+        matrix = matrix.bfloat16() if precision == "bf16" else matrix
+        peak = 2 * len(matrix) ** 3 / min(timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=20))
+        rate = self.counter.get_total_flops() / sum(sum(lap.values()) for lap in laps)
+        lap = {part: statistics.median(lap[part] for lap in laps) for part in laps[0]}
+        whole = statistics.median(sum(lap.values()) for lap in laps)
+        finish(self.args, [{"part": name, "ms": 1e3 * s, "share": f"{s / whole:.0%}"} for name, s in lap.items()])
+        memory = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(0).ru_maxrss
+        print(f"{images / whole:.4g} images/s, {60 / whole:.4g} {self.unit}/minute on {self.args.device}, {precision}; "
+              f"{rate / 1e12:.3g} TFLOP/s, {rate / peak:.0%} of a matrix product's here\n"
+              f"memory {memory / 2 ** 30:.3g} GiB at most; {self.total} {self.unit}: {self.total * whole / 3600:.3g} h")
+        raise SystemExit
 
 # ---- Files: the only thing that chapters share -----------------------------------------------------------------------
 def fail(message: str):
@@ -410,68 +407,88 @@ def fail(message: str):
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
-
 def write(path: Path, content):
-    """Write a checkpoint (a dict) or a table (a list of rows): the whole file, or none; exits if it cannot."""
-    buffer = io.BytesIO()
-    if isinstance(content, dict):
-        torch.save(content, buffer)
-    else:
-        lines = [max(content, key=len)] + [[row.get(column, "") for column in max(content, key=len)] for row in content]
-        buffer.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+    """Write a checkpoint (a dict), a table (a list of rows) or bytes: the whole file, or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
+    if isinstance(content, list):
+        columns = max(content, key=len)
+        lines = [columns, *([row.get(column, "") for column in columns] for row in content)]
+        content = "".join(",".join(map(str, line)) + "\n" for line in lines).encode()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
+            torch.save(content, file) if isinstance(content, dict) else file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        if temporary.exists():
-            temporary.unlink()
-        fail(f"{path} could not be written: {error.strerror}")
+    finally:
+        temporary.unlink(missing_ok=True)
 
-
-def load(path: Path, settings: dict, net: Net | None = None) -> dict:
-    """Read a checkpoint; exits if it is damaged, of other settings, or its weights are not those of `net`."""
+def load(path: Path, settings: dict, expected: dict | None = None) -> dict:
+    """Read a checkpoint; exits if it is damaged, of other settings, or its weights are not the `expected` {name: shape}
+    in float32. No code in it is run, and its tensors stay on the disk until they are used."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        made_with = content["settings"]
-        found = {name: tuple(weight.shape) for name, weight in content["weights"].items()} if net else None
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        other = [f"{name} {content['settings'].get(name)}, not {value}" for name, value in settings.items()
+                 if content["settings"].get(name) != value]
+        found = {name: (weight.shape, weight.dtype) for name, weight in content.get("weights", {}).items()}
     except Exception as error:  # torch.load raises many kinds
         fail(f"{path} is cut short or not one of our files ({type(error).__name__}): delete it to have it made anew")
-    other = [f"{name} {made_with.get(name)}, not {value}" for name, value in settings.items()
-             if made_with.get(name) != value]
     if other:
         fail(f"{path} was made with {'; '.join(other)}: take another --out, or make it anew with --restart")
-    if net and found != shapes(net):
+    if expected and found != {name: (shape, torch.float32) for name, shape in expected.items()}:
         fail(f"{path} does not hold the weights of this network: delete it to have it made anew")
     return content
 
+def read_net(args) -> dict[str, Tensor]:
+    """The untrained weights of chapter 1; sets args.net, and args.shapes, {name: shape} of all shared weights."""
+    path = need(args, args.out / "01_dynamic_net.pt", "01_dynamic_net.py")
+    content = load(path, args.common)
+    try:
+        args.net, args.shapes = Net(*content["net"]), {name: part.shape for name, part in content["weights"].items()}
+        for layer in layers(blocks_of(args.net, student_at(args.net, -1))):
+            layer_shape = layer.out, layer.inp // layer.groups, layer.kernel, layer.kernel
+            assert args.shapes[f"{layer.name}.conv.weight"] == layer_shape
+    except Exception:  # many kinds, of a file that is not chapter 1's
+        fail(f"{path} does not hold a network: delete it to have it made anew")
+    return content["weights"]
 
-# ---- Flags and progress ----------------------------------------------------------------------------------------------
+def lock(args, folder: Path, *old: Path):
+    """Keep other processes out of the folder until this one ends, in whatever way; with --restart, delete `old`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = args.locks[folder] = open(folder / ".lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        fail(f"{folder} is in use by process {file.read()}: wait for it, or take another folder")
+    file.truncate(0)
+    print(os.getpid(), end="", file=file, flush=True)
+    for path in old if args.restart else ():
+        path.unlink(missing_ok=True)
+
+# ---- Flags, and how chapters follow each other -----------------------------------------------------------------------
+SAMPLING = {"choices": ("progressive", "random"), "default": "progressive", "help": "how chapter 3 draws students"}
+
 def read_flags(stage: dict, **others: dict) -> argparse.Namespace:
     """The flags common to all chapters, the numbers of this one's `stage`, and other flags with their settings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
-    parser.add_argument("--dataset", default="cifar10", metavar="cifar10|cifar100|toy|PATH",
-                        help="PATH: a folder with train/<class>/* and test/<class>/* images")
-    parser.add_argument("--net", default="resnet50", choices=sorted({name for name, _ in NETWORKS}))
-    parser.add_argument("--preset", choices=("paper", "quick", "tiny"), help="default: paper, for toy tiny")
-    parser.add_argument("--out", type=Path, help="folder of all chapters' files (default: runs/<dataset>-<net>)")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of the cached images")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    common = {"dataset": {"default": "cifar10", "metavar": "cifar10|cifar100|toy|PATH",
+                          "help": "PATH: a folder with train/<class>/* and test/<class>/* images"},
+              "net": {"default": "resnet50", "metavar": "resnet50|mbv3"},
+              "preset": {"choices": ("paper", "quick", "tiny"), "help": "default: paper, for toy tiny"},
+              "out": {"type": Path, "help": "folder of all chapters' files (default: runs/<dataset>-<net>)"},
+              "data_dir": {"type": Path, "default": Path("data"), "help": "folder of the cached images"},
+              "seed": {"type": int, "default": 0},
+              "device": {"help": "cpu, cuda or cuda:N (default: cuda if there is one)"}}
+    numbers = {name: {"type": type(paper), "help": f"{text} (presets: paper {paper:g}, quick {quick:g}, tiny {tiny:g})"}
+               for name, (paper, quick, tiny, text) in stage.items()}
     parser.add_argument("--restart", action="store_true", help="start this chapter over")
-    for name, (paper, quick, tiny, text) in stage.items():
-        parser.add_argument("--" + name.replace("_", "-"), type=type(paper),
-                            help=f"{text} (presets: paper {paper:g}, quick {quick:g}, tiny {tiny:g})")
-    for name, settings in others.items():
+    for name, settings in {**common, **numbers, **others}.items():
         parser.add_argument("--" + name.replace("_", "-"), **settings)
-    args = parser.parse_args()
-    args.given = [f"--{name.replace('_', '-')}={getattr(args, name)}"
-                  for name in ("dataset", "net", "preset", "out", "data_dir", "seed", "device")
+    args = parser.parse_args(namespace=argparse.Namespace(bench=False, locks={}))
+    args.given = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in common
                   if getattr(args, name) != parser.get_default(name)]
     args.preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
     for name, values in stage.items():
@@ -484,15 +501,14 @@ def read_flags(stage: dict, **others: dict) -> argparse.Namespace:
     args.name = Path(args.dataset).resolve().name
     args.out = args.out or Path("runs", f"{args.name}-{args.net}")
     args.common = {"dataset": data_file(args).stem, "net": args.net, "preset": args.preset}
-    args.settings = {**args.common, "seed": args.seed, **{name: getattr(args, name) for name in (*stage, *others)}}
-    args.net = NETWORKS[args.net, "tiny" if args.preset == "tiny" else "paper"]
+    chosen = {name: getattr(args, name) for name in (*stage, *others) if name not in ("bench", "save_every")}
+    args.settings = {**args.common, "seed": args.seed, **chosen}
     try:
         args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError):
         fail(f"--device {args.device}: there is no such device here; --device cpu always works")
     return args
-
 
 def need(args, path: Path, script: str, *words: str) -> Path:
     """The path of another chapter's file; if it is missing, that chapter runs first, with the same common flags."""
@@ -502,76 +518,68 @@ def need(args, path: Path, script: str, *words: str) -> Path:
             raise SystemExit(2)  # it has said why, unless it was killed
     return path
 
-
-class Progress:
-    """Prints how long the work will take, then a line every 10 seconds: what is done, what is known, the time left."""
-
-    def __init__(self, total: int, unit: str, done: int):
-        self.total, self.unit, self.first, self.start, self.last = total, unit, done, time.monotonic(), time.monotonic()
-
-    def __call__(self, done: int, say):
-        """`say` is called, and so waits for the device, only when a line is due."""
-        now = time.monotonic()
-        if done == self.first + 3 or now - self.last > 10:
-            left = datetime.timedelta(seconds=round((now - self.start) / (done - self.first) * (self.total - done)))
-            print(f"  {done}/{self.total} {self.unit}  {say()}  {left} left", flush=True)
-            self.last = now
-
-
-def finish(args, rows: list[dict], wrote: list, following: str):
+def finish(args, rows: list[dict], wrote: tuple = (), following: str = ""):
     """A table of aligned columns, what was written, and the command that comes next."""
     lines = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
     for line in [list(rows[0]), *lines] if rows else []:
         print("".join(cell.rjust(2 + max(map(len, column))) for cell, *column in zip(line, rows[0], *lines)))
-    print("wrote", *wrote)
-    if following:
-        print("next: python", following, shlex.join(args.given))
+    said = [" ".join(map(str, ["wrote", *wrote]))] if wrote else []
+    print(*said, *([f"next: python {following} {shlex.join(args.given)}"] if following else []), sep="\n")
 
+def run_chapter(main):
+    """main(); Ctrl-C and a file that cannot be written end it with one line."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("stopped; continue with: python", shlex.join(word for word in sys.argv if word != "--restart"), file=sys.stderr)
+        raise SystemExit(130)
+    except OSError as error:
+        fail(f"{error.filename or 'a file'} could not be written: {error.strerror}")
 
 # ---- The chapter -----------------------------------------------------------------------------------------------------
 def main():
-    args = read_flags(STAGE, sampling={"choices": ("progressive", "random"), "default": "progressive"})
-    data = load_data(args)
+    args = read_flags(STAGE, sampling=SAMPLING, bench=BENCH)
+    data, _ = load_data(args), read_net(args)
     suffix = "" if args.sampling == "progressive" else "_random"
     measured, checkpoint = args.out / f"04_students{suffix}.pt", args.out / f"04_predictor{suffix}.pt"
     following = f"05_nsga2.py --sampling={args.sampling}"
-    if checkpoint.exists() and not args.restart:
+    if checkpoint.exists() and not args.restart and not args.bench:
         load(checkpoint, args.settings)
         return finish(args, [], [f"{checkpoint} earlier (--restart makes it anew)"], following)
     if not 1 < args.test_students < args.students - 1 or args.images < 2:
         fail("--test-students must be between 2 and --students less 2, --images at least 2")
     args.images = min(args.images, len(data["held_out"])) // 2 * 2  # two halves
-
-    path = need(args, args.out / f"03_{args.sampling}.pt", "03_progressive_rslad.py", f"--sampling={args.sampling}")
-    shared = {name: weight.to(args.device) for name, weight in load(path, args.common, args.net)["weights"].items()}
+    path = args.out / f"03_{args.sampling}.pt"
+    if args.bench and not path.exists():
+        fail(f"--bench needs {path}, since only images that are classified right are attacked: run chapter 3 first")
+    need(args, path, "03_progressive_rslad.py", f"--sampling={args.sampling}")
+    shared = {name: w.to(args.device) for name, w in load(path, args.common, args.shapes)["weights"].items()}
     settings = {name: args.settings[name] for name in args.settings if name not in PREDICTOR_FLAGS}
     settings["weights"] = hashlib.sha256(path.read_bytes()).hexdigest()[:12]  # of chapter 3
     table = args.out / f"04_students{suffix}.csv"
-    if args.restart:
-        for old in (checkpoint, measured, table):
-            old.unlink(missing_ok=True)
+    students = draw_students(args.net, args.students, args.seed)
+    if args.bench:
+        measure(args, shared, 2 * students[:8], data, table)
+    lock(args, args.out, checkpoint, table, measured)
     if table.exists() and not measured.exists():
         fail(f"{table} lacks {measured.name}, which says how it was measured: delete it, or --restart")
     if measured.exists():
         load(measured, settings)
     write(measured, {"settings": settings})
-    students = draw_students(args.net, args.students, args.seed)
     print(f"{args.students} students, each by PGD-{args.steps} on {args.images} held-out training images", flush=True)
     rows = measure(args, shared, students, data, table)
-
     labels = torch.tensor([[row[name] for name in MEASURED] for row in rows])  # (N, 4)
     predictor = train_predictor(args, students[:-args.test_students], labels[:-args.test_students, :2])
     test = students[-args.test_students:]
     predicted = predict_accuracy(predictor, args.net, test)
-    rows = [{**dict(zip(genes(args.net), student)), "natural": row["natural"], "robust": row["robust"],
+    rows = [{**dict(zip(args.net.genes, student)), "natural": row["natural"], "robust": row["robust"],
              "predicted_natural": natural, "predicted_robust": robust}
             for student, row, (natural, robust) in zip(test, rows[-args.test_students:], predicted.tolist())]
     write(args.out / f"04_predictions{suffix}.csv", rows)
-    write(checkpoint, {"settings": args.settings, **predictor})
+    write(checkpoint, {"settings": args.settings, "weights": predictor})
     print(f"RMSE on {len(test)} students that were not used in training; all numbers are shares of 1:")
     files = [table, args.out / f"04_predictions{suffix}.csv", checkpoint]
     finish(args, report(labels[:, :2], labels[:, 2:], predicted), files, following)
 
-
 if __name__ == "__main__":
-    main()
+    run_chapter(main)

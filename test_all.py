@@ -45,8 +45,8 @@ def chapter(name):
 
 
 c1, c2, c3, c4, c5 = map(chapter, CHAPTERS)
-NETS = [c1.NETWORKS[key] for key in c1.NETWORKS]
-TINY = [c1.NETWORKS[name, "tiny"] for name in ("resnet50", "mbv3")]
+NETS = [c1.make_net(*key, 10) for key in c1.NETWORKS]
+TINY = [c1.make_net(name, "tiny", 10) for name in ("resnet50", "mbv3")]
 both = pytest.mark.parametrize("net", TINY, ids=["resnet50", "mbv3"])
 
 # What the authors' released networks count when instantiated:
@@ -151,7 +151,7 @@ def run(root, name, *words, code=0):
     sys.argv = [f"{name}.py", *map(str, words)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            sys.modules[name].main()
+            sys.modules[name].run_chapter(sys.modules[name].main)
         exited = 0
     except SystemExit as stop:
         exited = stop.code
@@ -217,7 +217,7 @@ def test_chapters_are_self_contained_and_share_only_equal_text():
 @pytest.mark.parametrize("line", ARCHITECTURES.split("\n")[1:-1])
 def test_counts_of_the_released_networks(line):
     name, classes, depths, others, expands, params, macs = line.split()
-    net = c1.NETWORKS[name, "paper"]._replace(classes=int(classes))
+    net = c1.make_net(name, "paper", int(classes))
     others = [net.width[int(i)] for i in others] if net.width else list(map(int, others))
     student = (*map(int, depths), *others, *(net.expand[int(i)] for i in expands))
     assert c1.cost(net, c1.canonical(net, student)) == (int(params), int(macs))
@@ -236,10 +236,10 @@ def test_counts_agree_with_pytorch(net):
 
 def test_students_are_counted_exactly():
     for net in TINY:  # all genotypes, one by one
-        assert len({c1.canonical(net, s) for s in itertools.product(*c1.genes(net).values())}) == c1.count_students(net)
-    assert c1.count_students(c1.NETWORKS["mbv3", "paper"]) == (9 ** 2 + 9 ** 3 + 9 ** 4) ** 5
+        assert len({c1.canonical(net, s) for s in itertools.product(*net.genes.values())}) == c1.count_students(net)
+    assert c1.count_students(c1.make_net("mbv3", "paper", 10)) == (9 ** 2 + 9 ** 3 + 9 ** 4) ** 5
     resnet = 2 * 3 ** 6 * (3 ** 2 + 3 ** 3 + 3 ** 4) ** 3 * (3 ** 4 + 3 ** 5 + 3 ** 6)
-    assert c1.count_students(c1.NETWORKS["resnet50", "paper"]) == resnet
+    assert c1.count_students(c1.make_net("resnet50", "paper", 10)) == resnet
 
 
 @both
@@ -247,9 +247,9 @@ def test_inactive_genes_make_no_difference(net):
     small = c1.student_at(net, 0)
     assert 0 in small and c1.canonical(net, small) == small
     switched_off = [max(choices) if gene == 0 and 0 not in choices else gene
-                    for gene, choices in zip(small, c1.genes(net).values())]
+                    for gene, choices in zip(small, net.genes.values())]
     assert switched_off != list(small) and c1.canonical(net, tuple(switched_off)) == small
-    varied = [i for i, name in enumerate(c1.genes(net)) if name.split("_")[0] in ("width", "kernel")]
+    varied = [i for i, name in enumerate(net.genes) if name.split("_")[0] in ("width", "kernel")]
     for student in (c1.sample(net, random.Random(i), ("width", "kernel")) for i in range(20)):
         assert all(gene == top for i, (gene, top) in enumerate(zip(student, c1.student_at(net, -1))) if i not in varied)
 
@@ -297,9 +297,9 @@ def test_gradient_of_shared_weights_is_the_sum_over_students_and_zero_outside(ne
 
 
 def test_a_smaller_kernel_is_the_transformed_centre_of_the_next_larger():
-    net = c1.NETWORKS["mbv3", "paper"]
+    net = c1.make_net("mbv3", "paper", 10)
     shared = weights_of(net)
-    names = list(c1.genes(net))
+    names = list(net.genes)
     for kernel in (5, 3):
         student = list(c1.student_at(net, -1))
         student[names.index("kernel_2_2")] = kernel
@@ -434,7 +434,7 @@ def test_calibration_is_pytorchs_cumulative_batch_norm(net):
         with torch.no_grad():
             for x in images.split(batch):
                 plain(x / 255)
-        predict = c4.calibrated(shared, net, student, images, batch)
+        predict = c4.calibrated(shared, net, student, images, batch=batch)
         for name, (mean, var) in predict.keywords["stats"].items():
             norm = plain.get_submodule(f"{name}.bn")
             torch.testing.assert_close((mean, var), (norm.running_mean, norm.running_var), rtol=1e-4, atol=1e-5)
@@ -496,7 +496,7 @@ def test_features_are_one_hot_and_empty_where_a_gene_is_off(net):
     students = students_of(net, 20)
     for student, features in zip(students, c4.one_hot(net, students)):
         at = 0
-        for gene, choices in zip(student, c4.genes(net).values()):
+        for gene, choices in zip(student, net.genes.values()):
             assert features[at:at + len(choices)].tolist() == [float(gene == choice) for choice in choices]
             at += len(choices)
         assert at == len(features)
@@ -565,7 +565,7 @@ def test_a_child_takes_its_genes_from_its_parents():
     for _ in range(50):
         child = c5.breed(net, mother, father, 0.0, rng)
         assert c5.canonical(net, child) == child
-        for gene, m, f, choices in zip(child, mother, father, c5.genes(net).values()):
+        for gene, m, f, choices in zip(child, mother, father, net.genes.values()):
             assert gene in (m, f) or f == 0 and gene in choices
     mutants = [c5.breed(net, mother, mother, 0.1, rng) for _ in range(400)]
     changed = np.mean([gene != m for child in mutants for gene, m in zip(child[:3], mother)])
@@ -574,7 +574,7 @@ def test_a_child_takes_its_genes_from_its_parents():
 
 def test_nsga2_reaches_the_true_front_and_keeps_the_budget():
     net, rng = TINY[1], np.random.default_rng(SEED)  # 1,764 students: all can be looked at
-    everyone = sorted({c5.canonical(net, s) for s in itertools.product(*c5.genes(net).values())})
+    everyone = sorted({c5.canonical(net, s) for s in itertools.product(*net.genes.values())})
     effect = rng.normal(size=(c5.one_hot(net, everyone).shape[1], 2))
     effect[:, 1] -= 2 * effect[:, 0]  # what is good for one objective is mostly bad for the other
 
@@ -608,7 +608,7 @@ def test_the_chain_runs_and_each_stage_says_what_comes_next(chain):
     names = {"01_dynamic_net.pt", "01_students.csv", "02_teacher.pt", "02_log.csv", "03_progressive.pt",
              "03_progressive_log.csv", "04_students.csv", "04_students.pt", "04_predictions.csv", "04_predictor.pt",
              "05_population.csv", "05_front.csv", "05_best.csv", "05_search.pt", "05_student.pt2"}
-    assert {path.name for path in out.iterdir()} == names
+    assert {path.name for path in out.iterdir()} == names | {".lock"}
     for script in CHAPTERS[2:]:
         assert f"next: python {script}.py" in printed
     assert "left" in printed and "Traceback" not in printed and "Warning" not in printed
@@ -620,7 +620,7 @@ def test_the_chain_runs_and_each_stage_says_what_comes_next(chain):
 
 def test_the_teacher_and_the_students_are_robust(chain):
     name, out, _ = chain
-    net = c1.NETWORKS[name, "tiny"]
+    net = c1.make_net(name, "tiny", 10)
     teacher = torch.load(out / "02_teacher.pt", weights_only=True)
     log = rows_of(out / "02_log.csv")
     assert len(log) == 5 and float(log[-1]["loss"]) < float(log[0]["loss"])
@@ -629,7 +629,7 @@ def test_the_teacher_and_the_students_are_robust(chain):
     log = rows_of(out / "03_progressive_log.csv")
     assert len(log) == 6 and float(log[-1]["robust_smallest"]) > float(log[1]["robust_smallest"])
     students = rows_of(out / "04_students.csv")
-    assert len(students) == 40 and [*students[0]] == [*c1.genes(net), *c4.MEASURED]
+    assert len(students) == 40 and [*students[0]] == [*net.genes, *c4.MEASURED]
     for column, floor in (("natural", 0.3), ("robust", 0.2)):
         assert np.mean([float(row[column]) for row in students]) > floor
     assert all(float(row["robust"]) <= float(row["natural"]) for row in students)
@@ -638,11 +638,11 @@ def test_the_teacher_and_the_students_are_robust(chain):
 
 def test_the_search_keeps_its_budget_and_judges_for_real(chain):
     name, out, _ = chain
-    net = c1.NETWORKS[name, "tiny"]
+    net = c1.make_net(name, "tiny", 10)
     largest, best = rows_of(out / "05_best.csv")
     assert int(best["macs"]) <= 1e6 * float(rows_of(out / "05_front.csv")[0]["max_macs"]) < int(largest["macs"])
     student = tuple(next(choice for choice in (0, *choices) if choice == float(best[gene]))
-                    for gene, choices in c1.genes(net).items())
+                    for gene, choices in net.genes.items())
     assert c1.cost(net, student) == (int(best["params"]), int(best["macs"]))
     assert float(best["natural"]) > float(best["fgsm"]) >= float(best["pgd20"]) - 0.02 > 0.1
     assert {row["generation"] for row in rows_of(out / "05_population.csv")} == {"first", "last"}
@@ -697,14 +697,13 @@ def test_a_run_that_is_stopped_inside_an_epoch(images, tmp_path, monkeypatch):
     words = [*common, *SMALL, 2]  # five iterations each
     run(tmp_path, "02_teacher_trades", *words, "--out", "whole")
 
-    def stop_in_the_second_epoch(self, done, say):
-        if done == 8:
-            raise InterruptedError
+    def stop_in_the_second_epoch(self, part, images, say):
+        self.done += 1
+        if self.done == 8:
+            raise KeyboardInterrupt
     with monkeypatch.context() as patched:
-        patched.setattr(c2.Training, "save_every", 0)
-        patched.setattr(c2.Progress, "__call__", stop_in_the_second_epoch)
-        with pytest.raises(InterruptedError):
-            run(tmp_path, "02_teacher_trades", *words, "--out", "stopped")
+        patched.setattr(c2.Meter, "lap", stop_in_the_second_epoch)
+        run(tmp_path, "02_teacher_trades", *words, "--out", "stopped", "--save-every", 1e-9, code=130)
     printed = run(tmp_path, "02_teacher_trades", *words, "--out", "stopped")
     assert "after iteration 7" in printed  # the eighth was not saved
     assert_same_teacher(tmp_path / "whole", tmp_path / "stopped")
@@ -719,7 +718,7 @@ def copy_of(out, tmp_path, *without):
 
 
 @pytest.mark.parametrize("words, says", [
-    (["--net", "vgg"], "invalid choice: 'vgg'"),
+    (["--net", "vgg"], "--net vgg: choose from mbv3, resnet50"),
     (["--dataset", "nowhere"], "cifar10, cifar100 or toy, nor a folder with train/ and test/ (train and test missing)"),
     (["--device", "cuda:99"], "no such device"),
     (["--device", "gpu"], "no such device"),

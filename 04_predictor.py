@@ -531,7 +531,7 @@ def run_chapter(main):
     try:
         main()
     except KeyboardInterrupt:
-        print("stopped; continue with: python", shlex.join(word for word in sys.argv if word != "--restart"), file=sys.stderr)
+        print("stopped; continue with: python", shlex.join(w for w in sys.argv if w != "--restart"), file=sys.stderr)
         raise SystemExit(130)
     except OSError as error:
         fail(f"{error.filename or 'a file'} could not be written: {error.strerror}")

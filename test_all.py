@@ -359,17 +359,27 @@ def test_pgd_stays_in_the_ball_and_climbs_a_convex_loss():
     assert (losses[6] > losses[0]).all()
 
 
-def textbook(net, shared, student):
-    """The student with fresh slices and batch statistics, in training mode: logits = f(x)."""
-    def predict(x):
-        blocks = c2.blocks_of(net, student)
-        return c2.forward(c2.slice_weights(shared, blocks), blocks, x)
-    return predict
+# The textbook version: what chapters 2 and 3 do, as it is written first, for oracles and for --bench. Channels first, a
+# slice in every forward pass, gradients of everything in every step of the attack, and a DataLoader with workers.
+def textbook(shared, blocks):
+    """A student with fresh slices and batch statistics: logits = f(x)."""
+    def layer_output(layer, x):
+        weight = shared[f"{layer.name}.conv.weight"][:layer.out, :layer.inp // layer.groups]
+        while weight.shape[-1] > layer.kernel:
+            k = weight.shape[-1] - 2
+            weight = (weight[:, :, 1:-1, 1:-1].flatten(1) @ shared[f"{layer.name}.to{k}"]).view(-1, 1, k, k)
+        bias = shared[f"{layer.name}.conv.bias"][:layer.out] if layer.tail == c3.BIAS else None
+        x = F.conv2d(x, weight, bias, layer.stride, layer.kernel // 2, groups=layer.groups)
+        if layer.tail == c3.BN:
+            scale, shift = (shared[f"{layer.name}.{part}"][:layer.out] for part in c3.BN)
+            x = F.batch_norm(x, None, None, scale, shift, training=True)
+        return c3.ACTIVATIONS[layer.act](x)
+    return lambda x: c3.walk(blocks, x, layer_output)
 
 
 def textbook_kl(target, logits):
-    p, q = target, logits.softmax(1)
-    return (p * (p / q).log()).sum() / len(p)
+    """KL(target || softmax(logits)), mean over images; target holds probabilities."""
+    return (target * (target.log() - logits.log_softmax(1))).sum() / len(target)
 
 
 def textbook_attack(predict, x, target, args):
@@ -383,12 +393,38 @@ def textbook_attack(predict, x, target, args):
     return x_adv
 
 
+def textbook_losses(shared, blocks, x, target, args):
+    """RSLAD, equation 2: (loss, natural KL, adversarial KL); target holds the teacher's probabilities."""
+    predict = textbook(shared, blocks)
+    x_adv = textbook_attack(predict, x, target, args)
+    for weight in shared.values():
+        weight.grad = None
+    natural, adversarial = textbook_kl(target, predict(x)), textbook_kl(target, predict(x_adv))
+    return (1 - args.alpha) * natural + args.alpha * adversarial, natural, adversarial
+
+
+class TextbookImages(torch.utils.data.Dataset):
+    """Images cropped and flipped one by one, as a DataLoader's workers do it."""
+
+    def __init__(self, images):
+        from torchvision.transforms import v2
+        self.images = images
+        self.transform = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.transform(self.images[i]) / 255
+
+
 @both
 @pytest.mark.parametrize("method", ["trades", "rslad"])
 def test_losses_and_gradients_are_the_formulas(net, method):
     shared = {name: weight.requires_grad_() for name, weight in weights_of(net).items()}
     student = students_of(net, 1)[-1]
-    blocks, predict = c2.blocks_of(net, student), textbook(net, shared, student)
+    blocks = c2.blocks_of(net, student)
+    predict = textbook(shared, blocks)
     args = SimpleNamespace(eps=8.0, step_size=2.0, steps=3, beta=6.0, alpha=5 / 6)
     x, y = torch.rand(6, 3, 32, 32, dtype=torch.float64), torch.randint(10, (6,))
     target = torch.randn(6, 10, dtype=torch.float64).softmax(1)
@@ -404,9 +440,7 @@ def test_losses_and_gradients_are_the_formulas(net, method):
         terms = -natural[range(6), y].log().mean(), textbook_kl(natural, predict(x_adv))
         theirs = terms[0] + 6 * terms[1]
     else:
-        x_adv = textbook_attack(predict, x, target, args)
-        terms = textbook_kl(target, predict(x)), textbook_kl(target, predict(x_adv))
-        theirs = terms[0] / 6 + 5 * terms[1] / 6
+        theirs, *terms = textbook_losses(shared, blocks, x, target, args)
     torch.testing.assert_close((ours, first, second), (theirs, *terms))
     torch.testing.assert_close(gradient, torch.autograd.grad(theirs, list(shared.values()), allow_unused=True))
 
@@ -819,5 +853,115 @@ def test_a_download_that_fails(tmp_path, monkeypatch):
     assert "could not be downloaded" in message and "put cifar-10-python.tar.gz into empty" in message
 
 
+# ---- python test_all.py --bench: how much faster than the textbook ---------------------------------------------------
+def seconds_of(work, device):
+    """Seconds that work() takes, the device's queue included."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - start
+
+
+def bench_iteration(name, device, images, rounds):
+    """Chapter 3's iteration on the paper's network, textbook and ours in turn, the same students: a row of the table."""
+    args = SimpleNamespace(eps=8.0, step_size=2.0, steps=10, alpha=5 / 6, device=device, precision=None, settings={})
+    args.net = net = c1.make_net(name, "paper", 10)
+    dtype, torch.backends.cudnn.benchmark = c3.conv_dtype(args), False
+    init = {key: weight.to(device) for key, weight in weights_of(net, dtype=torch.float32).items()}
+    data = torch.randint(256, (5000, 3, 32, 32), dtype=torch.uint8)
+    loader = iter(torch.utils.data.DataLoader(TextbookImages(data), images, shuffle=True, num_workers=2))
+    data = data.to(device)
+    largest = c3.blocks_of(net, c3.student_at(net, -1))
+    teachers = [textbook(init, largest), c3.calibrated(init, net, c3.student_at(net, -1), data[:500], dtype)]
+    shares = [{key: weight.clone().requires_grad_() for key, weight in init.items()} for _ in range(2)]
+    optimizers = [torch.optim.SGD(shared.values(), 1e-3, 0.9, weight_decay=2e-4) for shared in shares]
+
+    def theirs():
+        x = next(loader).to(device)
+        with torch.no_grad():
+            target = teachers[0](x).softmax(1)
+        textbook_losses(shares[0], blocks, x, target, args)[0].backward()
+        optimizers[0].step()
+
+    def ours():
+        x = c3.augment(data[torch.randint(5000, (images,), device=device)])
+        weights = c3.slice_weights(shares[1], blocks, dtype)
+        with torch.no_grad():
+            target = teachers[1](x).log_softmax(1)
+        loss, *_ = c3.rslad_loss(weights, blocks, x, target, args)
+        optimizers[1].zero_grad()
+        loss.backward()
+        optimizers[1].step()
+    times = []
+    for i in range(rounds + 1):
+        blocks = c3.blocks_of(net, c3.sample(net, random.Random(i)))
+        times.append([seconds_of(theirs, device), seconds_of(ours, device)])
+    times = np.array(times[1:])  # the first round warms up
+    return {"03, an iteration": f"{name}, {images} images, {args.precision}", "textbook ms": 1e3 * np.median(times[:, 0]),
+            "ours ms": 1e3 * np.median(times[:, 1]), "ratio": np.median(times[:, 0] / times[:, 1])}
+
+
+def bench_student(name, device, rounds):
+    """Chapter 4's measurement of a student, PGD-20 on 20 images of which 8 are classified right: the straightforward
+    loop attacks all of them, channels first, with a slice in every forward pass."""
+    net = c1.make_net(name, "paper", 10)
+    shared = {key: weight.to(device) for key, weight in weights_of(net, dtype=torch.float32).items()}
+    images = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8, device=device)
+    times = []
+    for i in range(rounds + 1):
+        student = c4.sample(net, random.Random(i))
+        predict = c4.calibrated(shared, net, student, images)
+        answers = predict(images / 255).argmax(1)
+        labels = torch.where(torch.arange(20, device=device) < 8, answers, (answers + 1) % 10)
+
+        def theirs():
+            plain, x = textbook({key: weight.requires_grad_() for key, weight in shared.items()},
+                                c4.blocks_of(net, student)), images / 255
+            x_adv = x + (2 * torch.rand_like(x) - 1) * 8 / 255
+            for _ in range(20):
+                x_adv = x_adv.detach().requires_grad_()
+                F.cross_entropy(plain(x_adv), labels).backward()
+                x_adv = torch.min(torch.max(x_adv + 2 / 255 * x_adv.grad.sign(), x - 8 / 255), x + 8 / 255).clamp(0, 1)
+            return (plain(x).argmax(1) == labels) & (plain(x_adv).argmax(1) == labels)
+        times.append([seconds_of(theirs, device), seconds_of(lambda: c4.judge(
+            predict, images, labels, 8 / 255, 2 / 255, 20), device)])
+    times = np.array(times[1:])
+    return {"04, a student": f"{name}, 20 images", "textbook ms": 1e3 * np.median(times[:, 0]),
+            "ours ms": 1e3 * np.median(times[:, 1]), "ratio": np.median(times[:, 0] / times[:, 1])}
+
+
+def bench_search(name):
+    """Chapter 5's search on the paper's network, one core: 100 generations of 100, and 10 of 100, 400 and 1,600."""
+    net = c1.make_net(name, "paper", 10)
+    torch.manual_seed(0)
+    predictor = {key: torch.randn(shape) * 0.05 for key, shape in c5.predictor_shapes(net, 6, 400).items()}
+    budget, threads = c5.cost(net, c5.student_at(net, 1))[1], torch.get_num_threads()
+
+    def seconds(population, generations):
+        macs_of = c5.macs_counter(net)
+
+        def evaluate(students):
+            macs = np.array([macs_of(student) for student in students])
+            return c5.predict_accuracy(predictor, net, students).double().numpy(), (macs - budget).clip(min=0)
+        c5.block_cost.cache_clear()
+        return seconds_of(lambda: c5.nsga2(net, evaluate, population, generations, 0.1, 0), torch.device("cpu"))
+    torch.set_num_threads(1)
+    row = {"05, seconds": name, "100 x 100": seconds(100, 100),
+           **{f"a generation of {size}": seconds(size, 10) / 10 for size in (100, 400, 1600)}}
+    torch.set_num_threads(threads)
+    return row
+
+
+def bench():
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(os.cpu_count())
+    batches = {"resnet50": 128, "mbv3": 128} if device.type == "cuda" else {"resnet50": 16, "mbv3": 32}
+    for name, images in batches.items():
+        for row in (bench_search(name), bench_iteration(name, device, images, 5), bench_student(name, device, 2)):
+            c5.finish(None, [row])
+
+
 if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, *sys.argv[1:]]))
+    sys.exit(bench() if sys.argv[1:] == ["--bench"] else pytest.main([__file__, *sys.argv[1:]]))

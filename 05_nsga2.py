@@ -178,8 +178,7 @@ def residual(resnet: bool, name: str, inp: int, out: int, kernel: int, expand: f
             Layer(f"{name}_middle", middle, middle, kernel, stride, 1 if resnet else middle, act=act or "relu"),
             Layer(f"{name}_last", middle, out, act="none"))
     if resnet:
-        projection = (Layer(f"{name}_shortcut", inp, out, act="none"),)
-        return Block(main, projection if name.endswith("_1") else (), act="relu")
+        return Block(main, (Layer(f"{name}_shortcut", inp, out, act="none"),) * name.endswith("_1"), act="relu")
     squeezed = divisible(middle // 4)
     gate = (Layer(f"{name}_squeeze", middle, squeezed, tail=BIAS),
             Layer(f"{name}_excite", squeezed, middle, tail=BIAS, act="hsigmoid"))
@@ -404,13 +403,16 @@ def write(path: Path, content):
     """Write a checkpoint (a dict), a table (a list of rows) or bytes: the whole file, or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    if isinstance(content, list):
+    if isinstance(content, dict):
+        torch.save(content, buffer := io.BytesIO())  # not to the file: a full disk would not be an OSError
+        content = buffer.getvalue()
+    elif isinstance(content, list):
         columns = max(content, key=len)
         lines = [columns, *([row.get(column, "") for column in columns] for row in content)]
         content = "".join(",".join(map(str, line)) + "\n" for line in lines).encode()
     try:
         with open(temporary, "wb") as file:
-            torch.save(content, file) if isinstance(content, dict) else file.write(content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -449,14 +451,12 @@ def read_net(args) -> dict[str, Tensor]:
 def lock(args, folder: Path, *old: Path):
     """Keep other processes out of the folder until this one ends, in whatever way; with --restart, delete `old`."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = args.locks[folder] = open(folder / ".lock", "a+")
+    args.locks[folder] = open(folder / ".lock", "a")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(args.locks[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.seek(0)
-        fail(f"{folder} is in use by process {file.read()}: wait for it, or take another folder")
-    file.truncate(0)
-    print(os.getpid(), end="", file=file, flush=True)
+        fail(f"{folder} is in use by process {(folder / '.lock').read_text()}: wait for it, or take another folder")
+    (folder / ".lock").write_text(str(os.getpid()))
     for path in old if args.restart else ():
         path.unlink(missing_ok=True)
 

@@ -16,7 +16,9 @@ import io
 import itertools
 import os
 import random
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -694,34 +696,67 @@ def test_the_exported_student_needs_none_of_this_code(chain, tmp_path):
     assert abs(float(accuracy) - float(rows_of(out / "05_best.csv")[1]["natural"])) < 0.005 and classes == "10"
 
 
-def test_a_folder_of_images_and_a_run_that_is_stopped(images, tmp_path):
-    common = ["--dataset", images, "--preset", "tiny"]
-    for out in ("whole", "stopped"):
-        run(tmp_path, "01_dynamic_net", *common, "--out", out)
-    words = [*common, *SMALL, 3]
-    run(tmp_path, "02_teacher_trades", *words, "--out", "whole")
+def test_a_folder_of_images(images, tmp_path):
+    run(tmp_path, "01_dynamic_net", "--dataset", images, "--preset", "tiny")
     data = torch.load(next((tmp_path / "data").glob("shades-*.pt")), weights_only=True)
     assert data["classes"] == 3 and [len(data[part]) for part in ("train", "held_out", "test")] == [162, 18, 45]
     means = [data["test"][data["test_labels"] == label].float().mean() for label in range(3)]
     assert means[0] > means[2] > means[1]  # bright, dark, middling: the folders in alphabetical order
-    command = [sys.executable, HERE / "02_teacher_trades.py", *map(str, words), "--out", "stopped"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.DEVNULL)
-    while not (tmp_path / "stopped/02_log.csv").exists():  # after the first epoch
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    assert not (tmp_path / "stopped/02_teacher.pt").exists()
-    assert "epochs 3, not 4" in run(tmp_path, "02_teacher_trades", *words[:-1], 4, "--out", "stopped", code=2)
-    assert "continuing" in run(tmp_path, "02_teacher_trades", *words, "--out", "stopped")
-    assert_same_teacher(tmp_path / "whole", tmp_path / "stopped")
 
 
-def assert_same_teacher(one, other):
-    weights = [torch.load(out / "02_teacher.pt", weights_only=True)["weights"] for out in (one, other)]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    rows = [[{**row, "seconds": 0} for row in rows_of(out / "02_log.csv")] for out in (one, other)]
-    assert rows[0] == rows[1]
+# ---- Stops: killed at any moment, the same command ends with the same files ------------------------------------------
+QUICK = {  # every chapter in seconds, on the folder of three classes
+    "01_dynamic_net": [],
+    "02_teacher_trades": [*SMALL, 3],
+    "03_progressive_rslad": [*SMALL, 2, "--val-every", 1],
+    "04_predictor": ["--students", 12, "--test-students", 4, "--images", 18, "--steps", 4, "--calibration-images", 60],
+    "05_nsga2": ["--population", 10, "--generations", 3, "--steps", 3, "--calibration-images", 60],
+}
+
+
+def contents(folder):
+    """{file: what it holds} of a folder of runs, all but seconds."""
+    def plain(content):
+        if isinstance(content, dict):
+            return {key: plain(value) for key, value in content.items() if key not in ("seconds", "weights_hash")}
+        return content.tolist() if torch.is_tensor(content) else content
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".csv":
+            found[path.name] = [plain(row) for row in rows_of(path)]
+        elif path.suffix == ".pt":
+            found[path.name] = plain(torch.load(path, weights_only=True))
+            found[path.name]["settings"].pop("weights", None)  # a hash of a file with seconds in it
+        elif path.suffix == ".pt2":
+            found[path.name] = torch.export.load(path).module()(torch.linspace(0, 1, 3072).view(1, 3, 32, 32)).tolist()
+        elif path.name != ".lock":
+            found[path.name] = None
+    return found
+
+
+def test_killed_at_any_moment(images, tmp_path):
+    """KILLS=6 pytest test_all.py -k killed stops every chapter six times."""
+    common, rng, kills = ["--dataset", images, "--preset", "tiny"], random.Random(SEED), 0
+    for script, words in QUICK.items():
+        started = time.perf_counter()
+        run(tmp_path, script, *common, *words, "--out", "whole")
+        length = time.perf_counter() - started
+        words = [*map(str, [*common, *words]), "--out", "killed", "--data-dir", "data_killed"]
+        words += ["--save-every", "1e-4"] if "--batch-size" in words else []
+        for _ in range(int(os.environ.get("KILLS", 1))):
+            process = subprocess.Popen([sys.executable, "-u", HERE / f"{script}.py", *words], cwd=tmp_path, text=True,
+                                       env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            process.stdout.readline()
+            time.sleep(rng.uniform(0, length))
+            process.send_signal(sent := rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+            error = process.communicate()[1]
+            assert process.returncode in (0, 130 if sent == signal.SIGINT else -sent), error
+            kills += process.returncode != 0
+            assert (f"stopped; continue with: python {HERE / script}.py --dataset" in error) == (process.returncode == 130)
+        run(tmp_path, script, *words)
+        assert contents(tmp_path / "whole") == contents(tmp_path / "killed"), script
+    assert contents(tmp_path / "data") == contents(tmp_path / "data_killed")
+    print(kills, "kills")
 
 
 def test_a_run_that_is_stopped_inside_an_epoch(images, tmp_path, monkeypatch):
@@ -740,7 +775,43 @@ def test_a_run_that_is_stopped_inside_an_epoch(images, tmp_path, monkeypatch):
         run(tmp_path, "02_teacher_trades", *words, "--out", "stopped", "--save-every", 1e-9, code=130)
     printed = run(tmp_path, "02_teacher_trades", *words, "--out", "stopped")
     assert "after iteration 7" in printed  # the eighth was not saved
-    assert_same_teacher(tmp_path / "whole", tmp_path / "stopped")
+    assert contents(tmp_path / "whole") == contents(tmp_path / "stopped")
+
+
+def test_two_runs_in_one_folder(images, tmp_path):
+    words = ["--dataset", images, "--preset", "tiny", *SMALL, 100]
+    process = subprocess.Popen([sys.executable, "-u", HERE / "02_teacher_trades.py", *map(str, words), "--out", "runs"],
+                               cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.PIPE)
+    while b"iterations" not in process.stdout.readline():
+        assert process.poll() is None
+    before = {path.name for path in (tmp_path / "runs").iterdir()}
+    message = run(tmp_path, "02_teacher_trades", *words, "--out", "runs", "--restart", code=2)
+    assert f"runs is in use by process {process.pid}: " in message
+    assert before <= {path.name for path in (tmp_path / "runs").iterdir()}
+    process.kill()
+    process.communicate()
+    c2.lock(SimpleNamespace(locks={}, restart=False), tmp_path / "runs")  # a dead process does not keep it
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(images, tmp_path):
+    words = ["--dataset", images, "--preset", "tiny", *SMALL, 3, "--out", "runs", "--save-every", 1e-9]
+    run(tmp_path, "01_dynamic_net", *words[:4], "--out", "runs")
+    state, written = tmp_path / "runs/02_state.pt", []
+
+    def limited(path, content):
+        written.append(path)
+        if len(written) == 4:  # a real limit of this process on the size of files
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+            written.append(state.read_bytes())
+        write(path, content)
+    write, c2.write = c2.write, limited
+    try:
+        message = run(tmp_path, "02_teacher_trades", *words, code=2)
+    finally:
+        c2.write = write
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert message.startswith("02_teacher_trades.py: ") and "could not be written: File too large" in message
+    assert state.read_bytes() == written[-1] and not list((tmp_path / "runs").glob("*.tmp"))
 
 
 # ---- Bad input: one line, exit code 2, nothing lost ------------------------------------------------------------------

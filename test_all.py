@@ -19,9 +19,11 @@ import random
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -714,6 +716,34 @@ QUICK = {  # every chapter in seconds, on the folder of three classes
 }
 
 
+@pytest.fixture(scope="session")
+def finished(images, tmp_path_factory):
+    """A folder with a finished run/ and its data/, a stopped/ run with states to continue from, and {chapter: seconds}."""
+    root, seconds = tmp_path_factory.mktemp("finished"), {}
+    before = {path: path.stat().st_mtime_ns for path in images.rglob("*")}
+    for script, words in QUICK.items():
+        start = time.perf_counter()
+        run(root, script, "--dataset", images, "--preset", "tiny", "--out", "run", *words)
+        seconds[script] = time.perf_counter() - start
+    assert {path.name for path in root.iterdir()} == {"run", "data"}  # nothing is written elsewhere
+    assert {path: path.stat().st_mtime_ns for path in images.rglob("*")} == before
+    shutil.copytree(root / "run", root / "stopped")
+    with pytest.MonkeyPatch.context() as patched:
+        for module, script in ((c2, "02_teacher_trades"), (c3, "03_progressive_rslad")):
+            def stop(meter, part, images, say):
+                meter.done += 1
+                if meter.done == 8:
+                    raise KeyboardInterrupt
+            patched.setattr(module.Meter, "lap", stop)
+            words = [*QUICK[script], "--save-every", 1e-9, "--out", "half"]
+            shutil.copytree(root / "run", root / "half", ignore=shutil.ignore_patterns(f"{script[:2]}*"))
+            run(root, script, "--dataset", images, "--preset", "tiny", *words, code=130)
+            state, = (root / "half").glob("*_state.pt")
+            shutil.move(state, root / "stopped" / state.name)
+            shutil.rmtree(root / "half")
+    return root, seconds
+
+
 def contents(folder):
     """{file: what it holds} of a folder of runs, all but seconds."""
     def plain(content):
@@ -734,48 +764,47 @@ def contents(folder):
     return found
 
 
-def test_killed_at_any_moment(images, tmp_path):
-    """KILLS=6 pytest test_all.py -k killed stops every chapter six times."""
-    common, rng, kills = ["--dataset", images, "--preset", "tiny"], random.Random(SEED), 0
+def test_killed_at_any_moment(images, finished, tmp_path):
+    """KILLS=6 pytest test_all.py -s -k killed stops every chapter six times."""
+    common, rng, kills, (root, seconds) = ["--dataset", images, "--preset", "tiny"], random.Random(SEED), 0, finished
     for script, words in QUICK.items():
-        started = time.perf_counter()
-        run(tmp_path, script, *common, *words, "--out", "whole")
-        length = time.perf_counter() - started
         words = [*map(str, [*common, *words]), "--out", "killed", "--data-dir", "data_killed"]
         words += ["--save-every", "1e-4"] if "--batch-size" in words else []
         for _ in range(int(os.environ.get("KILLS", 1))):
             process = subprocess.Popen([sys.executable, "-u", HERE / f"{script}.py", *words], cwd=tmp_path, text=True,
                                        env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             process.stdout.readline()
-            time.sleep(rng.uniform(0, length))
+            time.sleep(rng.uniform(0, seconds[script]))
             process.send_signal(sent := rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
             error = process.communicate()[1]
             assert process.returncode in (0, 130 if sent == signal.SIGINT else -sent), error
             kills += process.returncode != 0
             assert (f"stopped; continue with: python {HERE / script}.py --dataset" in error) == (process.returncode == 130)
         run(tmp_path, script, *words)
-        assert contents(tmp_path / "whole") == contents(tmp_path / "killed"), script
-    assert contents(tmp_path / "data") == contents(tmp_path / "data_killed")
+    assert contents(root / "run") == contents(tmp_path / "killed")
+    assert contents(root / "data") == contents(tmp_path / "data_killed")
     print(kills, "kills")
 
 
-def test_a_run_that_is_stopped_inside_an_epoch(images, tmp_path, monkeypatch):
-    common = ["--dataset", images, "--preset", "tiny"]
-    for out in ("whole", "stopped"):
-        run(tmp_path, "01_dynamic_net", *common, "--out", out)
-    words = [*common, *SMALL, 2]  # five iterations each
-    run(tmp_path, "02_teacher_trades", *words, "--out", "whole")
+@pytest.mark.parametrize("script", ["02_teacher_trades", "03_progressive_rslad"])
+def test_a_run_that_is_stopped_inside_an_epoch(images, finished, tmp_path, script):
+    root = finished[0]
+    shutil.copytree(root / "stopped", tmp_path / "run", ignore=lambda _, names: [
+        name for name in names if name[0] == "0" and name[:2] >= script[:2] and not name.endswith("_state.pt")])
+    os.symlink(root / "data", tmp_path / "data")
+    words = ["--dataset", images, "--preset", "tiny", "--out", "run", *QUICK[script]]
+    assert "after iteration 7" in run(tmp_path, script, *words)  # the eighth was not saved
+    found, expected = contents(tmp_path / "run"), contents(root / "run")
+    assert all(found[name] == expected[name] for name in expected if name[:2] == script[:2])
+    assert not (tmp_path / f"run/{script[:2]}_state.pt").exists()
 
-    def stop_in_the_second_epoch(self, part, images, say):
-        self.done += 1
-        if self.done == 8:
-            raise KeyboardInterrupt
-    with monkeypatch.context() as patched:
-        patched.setattr(c2.Meter, "lap", stop_in_the_second_epoch)
-        run(tmp_path, "02_teacher_trades", *words, "--out", "stopped", "--save-every", 1e-9, code=130)
-    printed = run(tmp_path, "02_teacher_trades", *words, "--out", "stopped")
-    assert "after iteration 7" in printed  # the eighth was not saved
-    assert contents(tmp_path / "whole") == contents(tmp_path / "stopped")
+
+def test_another_seed_gives_other_files(images, finished, tmp_path):
+    os.symlink(finished[0] / "data", tmp_path / "data")
+    for script in CHAPTERS[:2]:
+        run(tmp_path, script, "--dataset", images, "--preset", "tiny", "--out", "run", "--seed", 1, *QUICK[script])
+    found, expected = contents(tmp_path / "run"), contents(finished[0] / "run")
+    assert all(found[name] != expected[name] for name in found)
 
 
 def test_two_runs_in_one_folder(images, tmp_path):
@@ -835,6 +864,14 @@ def test_bad_flags(tmp_path, words, says):
     assert not list(tmp_path.rglob("*"))
 
 
+def huge_png(path, side):
+    """A PNG that says it has so many pixels a side, and holds none."""
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+
+
 @pytest.mark.parametrize("spoil, says", [
     (lambda root: shutil.rmtree(root / "test"), "(test missing)"),
     (lambda root: [path.unlink() for path in (root / "train/dark").iterdir()], "dark"),
@@ -842,7 +879,9 @@ def test_bad_flags(tmp_path, words, says):
     (lambda root: (root / "test/bright/3.png").write_bytes((root / "test/bright/3.png").read_bytes()[:500]),
      "test/bright/3.png does not decode"),
     (lambda root: shutil.rmtree(root / "test/dark"), "train/ and test/ differ in ['dark']"),
-], ids=["no test folder", "empty class", "no image", "cut image", "other classes"])
+    (lambda root: huge_png(root / "train/dark/7.png", 30_000), "train/dark/7.png does not decode (DecompressionBombError)"),
+    (lambda root: huge_png(root / "train/dark/7.png", 10_000), "train/dark/7.png does not decode (DecompressionBombWarn"),
+], ids=["no test folder", "empty class", "no image", "cut image", "other classes", "900 million pixels", "100 million"])
 def test_bad_folders(images, tmp_path, spoil, says):
     shutil.copytree(images, tmp_path / "images")
     spoil(tmp_path / "images")
@@ -850,24 +889,87 @@ def test_bad_folders(images, tmp_path, spoil, says):
     assert not (tmp_path / "data").exists() and not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("spoil, says", [
-    (lambda path: path.write_bytes(path.read_bytes()[:2000]), "cut short"),
-    (lambda path: path.write_bytes(b""), "cut short"),
-    (lambda path: torch.save({**torch.load(path), "weights": {}}, path), "weights of this network"),
-    (lambda path: torch.save({**torch.load(path), "settings": {"net": "resnet50"}}, path), "net resnet50, not mbv3"),
-    (lambda path: torch.save({**torch.load(path), "settings": {**torch.load(path)["settings"], "dataset": "cifar10"}},
-                             path), f"dataset cifar10, not toy-{SEED}"),
-    (lambda path: torch.save({**torch.load(path), "settings": {**torch.load(path)["settings"], "preset": "paper"}},
-                             path), "preset paper, not tiny"),
-    (lambda path: torch.save({**torch.load(path), "settings": {**torch.load(path)["settings"], "classes": 3}}, path),
-     "classes 3, not 10"),
-], ids=["cut", "empty", "no weights", "other network", "other data set", "other preset", "other classes"])
-def test_bad_checkpoints(chains, tmp_path, spoil, says):
-    folder = copy_of(chains("mbv3")[0], tmp_path, "03*", "04*", "05*")
-    spoil(folder / "02_teacher.pt")
-    message = run(tmp_path, "03_progressive_rslad", "--dataset", "toy", "--net", "mbv3", "--seed", SEED, code=2)
-    assert says in message and "02_teacher.pt" in message
-    assert not list(folder.glob("03*"))
+class Code:
+    """Unpickled the usual way, this would write a file."""
+
+    def __reduce__(self):
+        return open, ("hacked", "w")
+
+
+def garble(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+
+
+def resave(**changes):
+    """Spoils a checkpoint by replacing entries; a function gets the old entry."""
+    def spoil(path):
+        content = torch.load(path, weights_only=True)
+        torch.save(content | {key: new(content[key]) if callable(new) else new for key, new in changes.items()}, path)
+    return spoil
+
+
+def first(change):
+    """Spoils the first weight."""
+    return resave(weights=lambda weights: {name: change(weight) if i == 0 else weight
+                                           for i, (name, weight) in enumerate(weights.items())})
+
+
+ANY_FILE = {"cut": lambda path: path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 2]),
+            "empty": lambda path: path.write_bytes(b""), "garbled": garble,
+            "text": lambda path: path.write_text("hello\n"), "code": lambda path: torch.save({"settings": Code()}, path)}
+SETTINGS = {f"other {name}": resave(settings=lambda settings, name=name: settings | {name: "other"})
+            for name in ("net", "dataset", "preset", "classes")}
+WEIGHTS = {"no weights": resave(weights={}), "a list": resave(weights=[1, 2]), "a weight missing": resave(
+    weights=lambda weights: dict(list(weights.items())[1:])), "a shape": first(lambda weight: weight[..., None]),
+    "a type": first(lambda weight: weight.double()), "huge": first(lambda weight: torch.zeros(1).expand(10 ** 12))}
+DATA = {"no test": resave(test=None), "labels": resave(train_labels=lambda labels: labels + 3),
+        "images": resave(held_out=lambda images: images.float()), "sizes": resave(test=lambda images: images[:, :, 1:]),
+        "lengths": resave(train_labels=lambda labels: labels[1:])}
+NET = {"no net": resave(net=None), "another net": resave(net=lambda net: (net[0] * 2, *net[1:]))}
+TABLE = {"a column": lambda path: edit_row(path, 0, "robust", "sturdy"),
+         "a word": lambda path: edit_row(path, 5, "natural", "high"), "nan": lambda path: edit_row(path, 3, "natural", "nan"),
+         "code": lambda path: edit_row(path, 3, "natural", "__import__('os').system('touch hacked')"),
+         "a cut row": lambda path: path.write_text(path.read_text()[:-9]),
+         "a short row": lambda path: path.write_text(path.read_text().rpartition(",")[0] + "\n"),
+         "a gene": lambda path: edit_row(path, 3, "expand_1_1", "0.3"), "a long table": lambda path: path.write_text(
+             path.read_text() + path.read_text().split("\n")[-2] + "\n")}
+SWEEP = [(script, file, name) for script, file, kinds in [
+    ("01_dynamic_net", "data", ANY_FILE | DATA), ("01_dynamic_net", "01_dynamic_net.pt", ANY_FILE | SETTINGS | WEIGHTS),
+    ("02_teacher_trades", "data", ANY_FILE | DATA), ("02_teacher_trades", "01_dynamic_net.pt", ANY_FILE | SETTINGS | NET),
+    ("02_teacher_trades", "02_state.pt", ANY_FILE | SETTINGS | WEIGHTS),
+    ("02_teacher_trades", "02_teacher.pt", ANY_FILE | SETTINGS | WEIGHTS),
+    ("03_progressive_rslad", "01_dynamic_net.pt", ANY_FILE | SETTINGS | NET),
+    ("03_progressive_rslad", "02_teacher.pt", ANY_FILE | SETTINGS | WEIGHTS),
+    ("03_progressive_rslad", "03_progressive_state.pt", ANY_FILE | SETTINGS | WEIGHTS),
+    ("03_progressive_rslad", "03_progressive.pt", ANY_FILE | SETTINGS | WEIGHTS),
+    ("04_predictor", "01_dynamic_net.pt", ANY_FILE | SETTINGS | NET),
+    ("04_predictor", "03_progressive.pt", ANY_FILE | SETTINGS | WEIGHTS),
+    ("04_predictor", "04_students.csv", TABLE), ("04_predictor", "04_students.pt", ANY_FILE | SETTINGS),
+    ("04_predictor", "04_predictor.pt", ANY_FILE | SETTINGS), ("05_nsga2", "01_dynamic_net.pt", ANY_FILE | SETTINGS | NET),
+    ("05_nsga2", "03_progressive.pt", ANY_FILE | SETTINGS | WEIGHTS),
+    ("05_nsga2", "04_predictor.pt", ANY_FILE | SETTINGS | WEIGHTS), ("05_nsga2", "05_search.pt", ANY_FILE | SETTINGS)]
+    for name in kinds]
+
+
+@pytest.mark.parametrize("script, file", sorted({case[:2] for case in SWEEP}))
+def test_bad_files(images, finished, tmp_path, script, file):
+    """Every file that a chapter reads, spoiled in every way: one line, exit code 2, and no file is touched."""
+    done = {"02_teacher_trades": "02_teacher.pt", "03_progressive_rslad": "03_progressive.pt", "05_nsga2": "05_search.pt",
+            "04_predictor": "04_predictor.pt"}.get(script, "")  # without it the chapter reads its other files
+    for name in [name for *case, name in SWEEP if case == [script, file]]:
+        folder = tmp_path / name
+        shutil.copytree(finished[0] / "stopped", folder / "run", ignore=shutil.ignore_patterns(
+            ".lock", *({done, "02_state.pt", "03_progressive_state.pt"} - {file})))
+        shutil.copytree(finished[0] / "data", folder / "data")
+        path = next((folder / "data").glob("*.pt")) if file == "data" else folder / "run" / file
+        {**ANY_FILE, **SETTINGS, **WEIGHTS, **DATA, **NET, **(TABLE if file.endswith(".csv") else {})}[name](path)
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+        message = run(folder, script, "--dataset", images, "--preset", "tiny", "--out", "run", *QUICK[script], code=2)
+        assert path.name in message, name
+        assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()
+                          and path.name != ".lock"}, name  # and code in it was not run: it would have written a file
 
 
 def edit_row(path, number, column, value):
@@ -876,24 +978,6 @@ def edit_row(path, number, column, value):
     cells[lines[0].split(",").index(column)] = value
     lines[number] = ",".join(cells)
     path.write_text("\n".join(lines))
-
-
-@pytest.mark.parametrize("spoil, says", [
-    (lambda path: edit_row(path, 0, "robust", "sturdy"), "robust is missing"),
-    (lambda path: edit_row(path, 5, "natural", "high"), "line 6: could not convert string to float: 'high'"),
-    (lambda path: path.write_text(path.read_text()[:-9]), "its last row is cut short"),
-    (lambda path: path.write_text(path.read_text().rpartition(",")[0] + "\n"), "line 41 does not hold"),
-    (lambda path: edit_row(path, 3, "kernel_1_1", "4"), "line 4: kernel_1_1 is 4, not one of (3, 5)"),
-    (lambda path: edit_row(path, 3, "natural", "nan"), "line 4 does not hold"),
-    (lambda path: path.write_text(path.read_text() + path.read_text().split("\n")[-2] + "\n"), "more than 40 students"),
-], ids=["column", "word", "cut", "short", "gene", "nan", "long"])
-def test_bad_tables(chains, tmp_path, spoil, says):
-    folder = copy_of(chains("mbv3")[0], tmp_path, "04_pred*", "05*")
-    spoil(folder / "04_students.csv")
-    before = (folder / "04_students.csv").read_bytes()
-    message = run(tmp_path, "04_predictor", "--dataset", "toy", "--net", "mbv3", "--seed", SEED, code=2)
-    assert says in message and "04_students.csv" in message
-    assert (folder / "04_students.csv").read_bytes() == before and not list(folder.glob("04_pred*"))
 
 
 def test_other_bad_input(chains, tmp_path, images):

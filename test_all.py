@@ -111,8 +111,7 @@ mbv3 100 24223 73377553735553735553 20000222000121002110 3486572 72378752
 @pytest.fixture(scope="session", autouse=True)
 def chains(request, tmp_path_factory):
     """Both chains, started at once; chains(net) waits for one and returns its folder and what it printed."""
-    if not any("chains" in item._fixtureinfo.argnames or "chain" in item._fixtureinfo.argnames
-               for item in request.session.items):
+    if not any({"chains", "chain", "judged"} & set(item._fixtureinfo.argnames) for item in request.session.items):
         return (yield)
     root = tmp_path_factory.mktemp("chain")
     run(root, "01_dynamic_net", "--dataset", "toy", "--seed", SEED)  # both read its images
@@ -158,7 +157,7 @@ def run(root, name, *words, code=0):
             sys.modules[name].run_chapter(sys.modules[name].main)
         exited = 0
     except SystemExit as stop:
-        exited = stop.code
+        exited = stop.code or 0
     finally:
         sys.argv = argv
         os.chdir(before)
@@ -504,6 +503,25 @@ def test_robust_accuracy_counts_images_right_before_and_after_the_attack():
     assert robust.sum() <= fgsm.sum() <= natural.sum()
 
 
+@both
+def test_bf16_is_for_convolutions_alone(net):
+    shared = {name: weight.requires_grad_() for name, weight in weights_of(net, dtype=torch.float32).items()}
+    blocks, x = c3.blocks_of(net, students_of(net, 1)[-1]), torch.rand(16, 3, 32, 32)
+    weights, full = c3.slice_weights(shared, blocks, torch.bfloat16), c3.slice_weights(shared, blocks)
+    assert all(weight.dtype == (torch.bfloat16 if ".conv." in name else torch.float32)
+               for name, weight in weights.items())
+    logits, expected = c3.forward(weights, blocks, x), c3.forward(full, blocks, x)
+    assert logits.dtype == torch.float32 and not torch.equal(logits, expected)
+    error = (logits - expected).square().mean() / expected.var()
+    assert error < 0.01
+    logits.square().sum().backward()
+    assert all(weight.grad is None or weight.grad.dtype == torch.float32 for weight in shared.values())
+    args = SimpleNamespace(precision=None, settings={}, device=torch.device("cuda"), net=net)
+    assert c3.conv_dtype(args) == torch.bfloat16 and args.settings == {"precision": "bf16"}
+    args = SimpleNamespace(precision=None, settings={}, device=torch.device("cpu"), net=net)
+    assert c3.conv_dtype(args) == torch.float32 and args.precision == "fp32"  # small networks gain nothing on a CPU
+
+
 def test_augmentation_is_a_crop_and_a_flip_of_each_image_its_own():
     torch.manual_seed(SEED)
     images = torch.randint(1, 256, (30, 3, 32, 32), dtype=torch.uint8)
@@ -841,6 +859,92 @@ def test_a_full_disk_leaves_the_checkpoint_before(images, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert message.startswith("02_teacher_trades.py: ") and "could not be written: File too large" in message
     assert state.read_bytes() == written[-1] and not list((tmp_path / "runs").glob("*.tmp"))
+
+
+def test_bench_says_where_the_time_goes_and_writes_nothing(images, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for script, parts in (("02_teacher_trades", ["data", "attack", "loss and backward", "optimizer"]),
+                          ("03_progressive_rslad", ["data", "teacher", "attack", "loss and backward", "optimizer"]),
+                          ("04_predictor", ["calibration", "natural images and attack"])):
+        words = [*QUICK[script], "--bench", "--restart"]  # which does not delete what is there
+        printed = run(tmp_path, script, "--dataset", images, "--preset", "tiny", "--out", "stopped", *words)
+        lines = [line.rsplit(maxsplit=2) for line in printed.split("\n") if line.endswith("%")]
+        assert [part.strip() for part, *_ in lines] == parts
+        assert abs(sum(int(share[:-1]) for *_, share in lines) - 100) <= 8  # medians of parts
+        assert "TFLOP/s" in printed and " GiB at most" in printed and printed.endswith(" h\n")
+        flops, = (line for line in printed.split("\n") if "TFLOP/s" in line)
+        assert 0 < int(flops.split("% of")[0].split()[-1]) < 100
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+# ---- Honest attacks --------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def judged(chains):
+    """A trained student as it is judged, 200 test images and their labels."""
+    out = chains("resnet50")[0]
+    data = torch.load(out.parent.parent / f"data/toy-{SEED}.pt", weights_only=True)
+    shared = torch.load(out / "03_progressive.pt", weights_only=True)["weights"]
+    predict = c5.calibrated(shared, TINY[0], c5.student_at(TINY[0], 1), data["train"][:500])
+    return predict, data["test"][:200], data["test_labels"][:200]
+
+
+def test_robust_accuracy_is_no_artefact(judged):
+    def robust(eps, step_size, steps):
+        return c5.judge(*judged, eps, step_size, steps)[1].float().mean().item()
+    eps = 8 / 255
+    natural = c5.judge(*judged, eps, eps, 1)[0].float().mean().item()
+    predict, images, labels = judged
+    noise = eps * (2 * torch.rand(images.shape, generator=torch.Generator().manual_seed(0)).round() - 1)
+    with torch.no_grad():
+        noisy = (predict((images / 255 + noise).clamp(0, 1)).argmax(1) == labels).float().mean().item()
+    by_steps = [robust(eps, 2 / 255, steps) for steps in (5, 10, 20, 40)]
+    fgsm = robust(eps, eps, 1)
+    assert 0.2 < by_steps[2] <= fgsm + 0.005 < noisy - 0.03 and noisy <= natural + 0.01
+    assert all(more <= fewer + 0.005 for fewer, more in zip(by_steps, by_steps[1:]))
+    by_eps = [natural, *(robust(size / 255, size / 255 / 4, 20) for size in (2, 8, 32)), robust(0.5, 0.1, 20)]
+    assert by_eps == sorted(by_eps, reverse=True) and by_eps[-1] < 0.01
+
+
+def test_the_attacks_gradient_agrees_with_finite_differences(judged):
+    predict, images, labels = judged
+    weights, blocks = predict.args
+    weights = {name: weight.double() for name, weight in weights.items()}
+    stats = {name: tuple(part.double() for part in pair) for name, pair in predict.keywords["stats"].items()}
+
+    def loss(x):
+        return F.cross_entropy(c5.forward(weights, blocks, x, stats), labels[:8], reduction="sum")
+    x = (images[:8] / 255).double().requires_grad_()
+    gradient, = torch.autograd.grad(loss(x), x)
+    torch.manual_seed(SEED)
+    for _ in range(5):
+        direction = torch.randn_like(x)
+        with torch.no_grad():
+            slope = (loss(x + 1e-9 * direction) - loss(x - 1e-9 * direction)) / 2e-9
+        torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-4, atol=1e-4)
+
+
+def test_an_image_is_judged_alike_in_any_batch_and_order(judged):
+    predict, images, labels = judged
+    attack = 8 / 255, 2 / 255, 10
+    natural, robust = c5.judge(predict, images, labels, *attack)
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(SEED))
+    for batch in (7, 64):
+        ours = c5.judge(predict, images[order], labels[order], *attack, batch=batch)
+        assert torch.equal(ours[0], natural[order]) and torch.equal(ours[1], robust[order])
+
+
+def test_what_is_attacked_is_what_is_judged(judged):
+    predict, images, labels = judged
+    stats = {name: [part.clone() for part in pair] for name, pair in predict.keywords["stats"].items()}
+    seen = []
+
+    def watched(x):
+        seen.append(x.requires_grad)
+        return predict(x)
+    c5.judge(watched, images[:50], labels[:50], 8 / 255, 2 / 255, 3)
+    assert seen == [False, True, True, True, False]  # one function, with its frozen statistics, for all of it
+    assert all(torch.equal(a, b) for name in stats for a, b in zip(stats[name], predict.keywords["stats"][name]))
 
 
 # ---- Bad input: one line, exit code 2, nothing lost ------------------------------------------------------------------

@@ -14,7 +14,7 @@ of its sizes computes.
     python 01_dynamic_net.py --dataset cifar10 --net mbv3      # the paper's Dyn-MobileNetV3
 
 reads   the images of --dataset, which it decodes once, into --data-dir, for all chapters
-writes  01_dynamic_net.pt   the shared weights, drawn at random: what chapter 2 trains
+writes  01_dynamic_net.pt   the network and its shared weights, drawn at random: what chapter 2 trains
         01_students.csv     a row per student of the table: its genes, parameters and MACs
 """
 from __future__ import annotations

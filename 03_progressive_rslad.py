@@ -12,7 +12,7 @@ attacked, and taught to answer, with and without the attack, as the teacher does
     python 03_progressive_rslad.py --dataset toy          # under a minute on two CPU cores
     python 03_progressive_rslad.py --dataset cifar10      # the paper's schedule: days; --preset quick for an hour
 
-reads   02_teacher.pt        the teacher's weights (made first if missing)
+reads   01_dynamic_net.pt, 02_teacher.pt    the network, the teacher's weights (made first if missing)
 writes  03_progressive.pt    the shared weights (03_random.pt with --sampling random)
         03_progressive_log.csv   a row per epoch
 """

@@ -12,7 +12,8 @@ number measured for one student moves when other images are taken.
     python 04_predictor.py --dataset toy                            # runs the chapters before it where needed
     python 04_predictor.py --dataset cifar10 --sampling random      # students of the random-sampling baseline
 
-reads   03_progressive.pt    the shared weights (03_random.pt with --sampling random; made first if missing)
+reads   01_dynamic_net.pt    the network
+        03_progressive.pt    the shared weights (03_random.pt with --sampling random; made first if missing)
 writes  04_students.csv      a row per measured student, written at once: genes, natural and robust accuracy, and both
                              on the first half of the images alone; 04_students.pt holds how they were measured
         04_predictions.csv   measured and predicted accuracy of the students that tested the predictor

@@ -11,7 +11,7 @@ FGSM and PGD-20 on the test set. The best is exported as a standalone network th
     python 05_nsga2.py --dataset toy                                  # alone, this runs the whole chain
     python 05_nsga2.py --dataset cifar10 --max-macs 500 1000 2000     # a student for each of three devices
 
-reads   03_progressive.pt, 04_predictor.pt     (those of --sampling; made first if missing)
+reads   01_dynamic_net.pt, 03_progressive.pt, 04_predictor.pt     (those of --sampling; made first if missing)
 writes  05_population.csv   first and last generation       05_best.csv      the chosen, predicted and measured
         05_front.csv        the last non-dominated front    05_student.pt2   to deploy (one for each of several budgets)
 """

@@ -628,6 +628,12 @@ def test_a_child_takes_its_genes_from_its_parents():
     assert 0.03 < changed < 0.07  # a tenth is drawn anew, of two choices one is the old
 
 
+@pytest.mark.parametrize("net", NETS, ids=["-".join(key) for key in c1.NETWORKS])
+def test_the_searchs_macs_are_the_counted_ones(net):
+    macs_of = c5.macs_counter(net)
+    assert all(macs_of(student) == c5.cost(net, student)[1] for student in students_of(net, 200))
+
+
 def test_nsga2_reaches_the_true_front_and_keeps_the_budget():
     net, rng = TINY[1], np.random.default_rng(SEED)  # 1,764 students: all can be looked at
     everyone = sorted({c5.canonical(net, s) for s in itertools.product(*net.genes.values())})

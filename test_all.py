@@ -11,6 +11,7 @@ SEED=1 pytest test_all.py takes another seed.
 import ast
 import contextlib
 import csv
+import gc
 import importlib.util
 import io
 import itertools
@@ -501,6 +502,19 @@ def test_robust_accuracy_counts_images_right_before_and_after_the_attack():
             assert any(margins[i, j] + drop[j] >= margins[i, labels[i]] for j in range(3) if j != labels[i])
     fgsm = c5.judge(predict, images, labels, 2 / 255, 2 / 255, 1)[1]
     assert robust.sum() <= fgsm.sum() <= natural.sum()
+
+
+def test_no_tensor_is_kept_from_student_to_student():
+    shared = {name: weight.requires_grad_() for name, weight in weights_of(TINY[1], dtype=torch.float32).items()}
+    args, alive = SimpleNamespace(eps=8.0, step_size=2.0, steps=2, alpha=5 / 6), []
+    x, target = torch.rand(2, 3, 32, 32), torch.zeros(2, 10).log_softmax(1)
+    for i in range(60):
+        blocks = c3.blocks_of(TINY[1], c3.sample(TINY[1], random.Random(i)))
+        c3.rslad_loss(c3.slice_weights(shared, blocks), blocks, x, target, args)[0].backward()
+        for weight in shared.values():
+            weight.grad = None
+        alive.append(sum(torch.is_tensor(thing) for thing in gc.get_objects()))
+    assert len(set(alive[5:])) == 1
 
 
 @both
@@ -1219,13 +1233,39 @@ def bench_search(name):
     return row
 
 
+def bench_memory(name, device):
+    """Chapter 3's memory over 200 random students of the paper's network, two images each, which does not grow; and with
+    its largest student and 128 images."""
+    args = SimpleNamespace(eps=8.0, step_size=2.0, steps=1, alpha=5 / 6)  # more steps would need no more memory
+    net = c1.make_net(name, "paper", 10)
+    shared = {key: weight.to(device).requires_grad_() for key, weight in weights_of(net, dtype=torch.float32).items()}
+    optimizer = torch.optim.SGD(shared.values(), 1e-3, 0.9, weight_decay=2e-4)
+    row = {"03, GiB at most": name}
+    for i in range(202):
+        x = torch.rand(128 if i == 201 else 2, 3, 32, 32, device=device)
+        blocks = c3.blocks_of(net, c3.sample(net, random.Random(i)) if 0 < i < 201 else c3.student_at(net, -1))
+        target = torch.zeros(len(x), 10, device=device).log_softmax(1)
+        loss, *_ = c3.rslad_loss(c3.slice_weights(shared, blocks), blocks, x, target, args)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if i in (50, 200, 201):
+            row[{50: "50 students", 200: "200 students", 201: "128 images"}[i]] = (
+                torch.cuda.max_memory_allocated() if device.type == "cuda" else
+                1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2 ** 30
+    return row
+
+
 def bench():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(os.cpu_count())
     batches = {"resnet50": 128, "mbv3": 128} if device.type == "cuda" else {"resnet50": 16, "mbv3": 32}
     for name, images in batches.items():
-        for row in (bench_search(name), bench_iteration(name, device, images, 5), bench_student(name, device, 2)):
-            c5.finish(None, [row])
+        for row in (lambda: bench_search(name), lambda: bench_iteration(name, device, images, 5),
+                    lambda: bench_student(name, device, 2)):
+            c5.finish(None, [row()])
+            print(flush=True)
+    c5.finish(None, [bench_memory("resnet50", device)])
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ STAGE = {  # flag: (paper, quick, tiny, help)
 def dominance(objectives: np.ndarray, violation: np.ndarray) -> np.ndarray:
     """Matrix (N, N): does i dominate j? Deb's rule: the feasible beat the infeasible, a smaller violation a larger one,
     and at equal violation it takes to be as good in all objectives (N, M), which are maximised, and better in one."""
-    as_good, better = np.ones((2, len(objectives), len(objectives)), dtype=bool) & [[[True]], [[False]]]
+    as_good = np.ones((len(objectives), len(objectives)), dtype=bool)
+    better = ~as_good
     for values in objectives.T:
         as_good &= values[:, None] >= values
         better |= values[:, None] > values
@@ -112,7 +113,6 @@ def nsga2(net: Net, evaluate, population: int, generations: int, mutation: float
     Returns the first and the last generation, each (students, objectives, violations), best first; none holds a student
     twice, so they are smaller than `population` where there are fewer students."""
     rng = random.Random(seed)
-
     def distinct(draw, known: list) -> list:
         students = dict.fromkeys(known)
         for _ in range(20 * population):  # there may be fewer different students than asked for

@@ -19,7 +19,7 @@ writes  01_dynamic_net.pt   the network and its shared weights, drawn at random:
 """
 from __future__ import annotations
 
-import argparse, fcntl, functools, io, os, random, shlex, subprocess, sys, warnings, zipfile, zlib
+import argparse, fcntl, io, itertools, math, os, random, shlex, subprocess, sys, warnings, zipfile, zlib
 from collections import namedtuple
 from pathlib import Path
 
@@ -33,33 +33,126 @@ STAGE = {  # flag: (paper, quick, tiny, help)
 }
 
 # ---- The lesson: a network that contains networks --------------------------------------------------------------------
+def divisible(channels: float) -> int:
+    """The nearest multiple of 8 that is at least 8 and not below 90% of `channels`."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
+
+def dynamic_resnet(classes: int, stem: int, stages: tuple, depth: tuple, width: tuple, expand: tuple, stem_stride=1):
+    """ResNet for small images: (genes, its blocks from image to logits, each behind the genes that it depends on).
+
+    Three 3x3 convolutions, the second optional; stages (width, base depth, stride) of bottleneck blocks, 1x1 down, 3x3,
+    1x1 up, of which the first pools and projects its shortcut; a classifier. Depth and expand genes add or drop blocks
+    and shape them one by one; a width gene is its stage's, because identity shortcuts join the blocks.
+    """
+    genes = {"depth_stem": (depth[0], depth[-1]), **{f"depth_{s}": depth for s in range(1, len(stages) + 1)}}
+    genes |= {f"width_{part}": width for part in ("mid", "stem", *range(1, len(stages) + 1))}
+    def mid(m):
+        return divisible(divisible(stem * m) // 2)
+    blocks = [("width_mid", lambda m: Block((Layer("stem_1", 3, mid(m), 3, stem_stride),))),
+              ("depth_stem width_mid", lambda _, m: Block((Layer("stem_2", mid(m), mid(m), 3),), shortcut=())),
+              ("width_mid width_stem", lambda m, s: Block((Layer("stem_3", mid(m), divisible(stem * s), 3),)))]
+    def bottleneck(name, before, out, stride):
+        def block(expand, width, width_before=None):
+            channels = divisible(out * width)
+            inp = divisible(before * width_before) if width_before else channels
+            middle = divisible(round(channels * expand))
+            main = (Layer(f"{name}_reduce", inp, middle), Layer(f"{name}_middle", middle, middle, 3, stride),
+                    Layer(f"{name}_last", middle, channels, act="none"))
+            shortcut = (Layer(f"{name}_shortcut", inp, channels, act="none"),) if width_before else ()
+            return Block(main, shortcut, act="relu")
+        return block
+    before = "stem", stem
+    for s, (out, base_depth, stride) in enumerate(stages, 1):
+        for b in range(1, base_depth + depth[-1] + 1):
+            genes[f"expand_{s}_{b}"] = expand
+            blocks.append((f"expand_{s}_{b} width_{s}" + (f" width_{before[0]}" if b == 1 else ""),
+                           bottleneck(f"{s}_{b}", before[1], out, stride if b == 1 else 1)))
+        before = s, out
+    return genes, [*blocks, (f"width_{before[0]}", lambda w: classifier(divisible(before[1] * w), classes))]
+
+def dynamic_mobilenet(classes: int, stem: int, stages: tuple, depth: tuple, kernel: tuple, expand: tuple, head: tuple,
+                      stem_stride=1):
+    """MobileNetV3, likewise: stages (width, base depth, stride, activation, squeeze-and-excitation?) of inverted
+    bottlenecks, 1x1 up, depthwise, gate, 1x1 down, whose shortcut is there where the shape is kept."""
+    slots = [f"{s}_{b}" for s, stage in enumerate(stages, 1) for b in range(1, stage[1] + depth[-1] + 1)]
+    genes = {f"depth_{s}": depth for s in range(1, len(stages) + 1)}
+    genes |= {f"kernel_{slot}": kernel for slot in slots} | {f"expand_{slot}": expand for slot in slots}
+    def inverted(name, inp, out, stride, act, gated):
+        def block(kernel, expand):
+            middle = divisible(round(inp * expand))
+            squeezed = divisible(middle // 4)
+            main = (Layer(f"{name}_reduce", inp, middle, act=act),
+                    Layer(f"{name}_middle", middle, middle, kernel, stride, middle, act=act),
+                    Layer(f"{name}_last", middle, out, act="none"))
+            gate = (Layer(f"{name}_squeeze", middle, squeezed, tail=BIAS),
+                    Layer(f"{name}_excite", squeezed, middle, tail=BIAS, act="hsigmoid"))
+            return Block(main[expand == 1:], () if stride == 1 and inp == out else None, gate if gated else ())
+        return block
+    first = inverted("0_1", stem, stem, 1, "relu", False)
+    blocks = [("", lambda: Block((Layer("stem", 3, stem, 3, stem_stride, act="hswish"),))), ("", lambda: first(3, 1))]
+    inp = stem
+    for s, (out, base_depth, stride, act, gated) in enumerate(stages, 1):
+        for b in range(1, base_depth + depth[-1] + 1):
+            blocks.append((f"kernel_{s}_{b} expand_{s}_{b}",
+                           inverted(f"{s}_{b}", inp, out, stride if b == 1 else 1, act, gated)))
+            inp = out
+    return genes, [*blocks, ("", lambda: Block((Layer("head_1", inp, head[0], act="hswish"),))),
+                   ("", lambda: Block((Layer("head_2", *head, tail=(), act="hswish"),), pool=True)),
+                   ("", lambda: classifier(head[1], classes))]
+
+def wide_resnet(classes: int, depth: int, width: int, stem_stride=1):
+    """WRN-depth-width (Zagoruyko and Komodakis, 2016), a plain network: no genes, one student. Batch norm and ReLU come
+    before each convolution; where the width changes, the shortcut is a strided 1x1 convolution behind the first."""
+    blocks, inp = [Block((Layer("stem", 3, 16, 3, stem_stride, tail=(), act="none"),))], 16
+    for s, out in enumerate((16 * width, 32 * width, 64 * width), 1):
+        for b in range(1, (depth - 4) // 6 + 1):
+            step = 2 if b == 1 and s > 1 else 1
+            norm, name = Layer(f"{s}_{b}_norm", inp, inp, 0), f"{s}_{b}"
+            main = (Layer(f"{name}_first", inp, out, 3, step), Layer(f"{name}_last", out, out, 3, tail=(), act="none"))
+            shortcut = Layer(f"{name}_shortcut", inp, out, 1, step, tail=(), act="none")
+            blocks += [Block((norm,)), Block(main, (shortcut,))] if b == 1 else [Block((norm, *main), ())]
+            inp = out
+    blocks += [Block((Layer("norm", inp, inp, 0),)), classifier(inp, classes)]
+    return {}, [("", lambda block=block: block) for block in blocks]
+
+def classifier(inp: int, classes: int) -> Block:
+    """Global average pooling and a linear layer, which all end in."""
+    return Block((Layer("classifier", inp, classes, tail=BIAS, act="none"),), pool=True)
+
 NETWORKS = {  # sections 4.3 and 5.0.1; "tiny" is of the same construction, for laptops and tests
-    ("resnet50", "paper"): dict(stem=64, stages=((256, 2, 1), (512, 2, 2), (1024, 4, 2), (2048, 2, 2)),
-                               depth=(0, 1, 2), width=(0.65, 0.8, 1.0), expand=(0.2, 0.25, 0.35)),
-    ("resnet50", "tiny"): dict(stem=16, stages=((64, 1, 2), (128, 1, 2)), depth=(0, 1), width=(0.5, 0.75, 1.0),
-                              expand=(0.25, 0.375, 0.5), stem_stride=2),
-    ("mbv3", "paper"): dict(
+    ("resnet50", "paper"): (dynamic_resnet, dict(
+        stem=64, stages=((256, 2, 1), (512, 2, 2), (1024, 4, 2), (2048, 2, 2)), depth=(0, 1, 2), width=(0.65, 0.8, 1.0),
+        expand=(0.2, 0.25, 0.35))),
+    ("resnet50", "tiny"): (dynamic_resnet, dict(
+        stem=16, stages=((64, 1, 2), (128, 1, 2)), depth=(0, 1), width=(0.5, 0.75, 1.0), expand=(0.25, 0.375, 0.5),
+        stem_stride=2)),
+    ("mbv3", "paper"): (dynamic_mobilenet, dict(
         stem=16, stages=((24, 0, 1, "relu", False), (40, 0, 2, "relu", True), (80, 0, 2, "hswish", False),
                          (112, 0, 1, "hswish", True), (160, 0, 2, "hswish", True)),
-        depth=(2, 3, 4), kernel=(3, 5, 7), expand=(3, 4, 6), head=(960, 1280)),
-    ("mbv3", "tiny"): dict(stem=16, stages=((24, 0, 2, "relu", False), (40, 0, 2, "hswish", True)), depth=(1, 2),
-                          kernel=(3, 5), expand=(2, 3, 4), head=(128, 128), stem_stride=2),
+        depth=(2, 3, 4), kernel=(3, 5, 7), expand=(3, 4, 6), head=(960, 1280))),
+    ("mbv3", "tiny"): (dynamic_mobilenet, dict(
+        stem=16, stages=((24, 0, 2, "relu", False), (40, 0, 2, "hswish", True)), depth=(1, 2), kernel=(3, 5),
+        expand=(2, 3, 4), head=(128, 128), stem_stride=2)),
+    ("wrn34_10", "paper"): (wide_resnet, dict(depth=34, width=10)),  # the teacher of the paper's RSLAD rows in table 1
+    ("wrn34_10", "tiny"): (wide_resnet, dict(depth=10, width=2, stem_stride=2)),
 }
 
 def make_net(name: str, preset: str, classes: int) -> Net:
-    """The network with its genes and switches. `expand_2_3` belongs to the third block of the second stage."""
-    net = Net(**NETWORKS[name, "tiny" if preset == "tiny" else "paper"], classes=classes)
-    stages = range(1, len(net.stages) + 1)
-    slots = [f"{s}_{b}" for s in stages for b in range(1, net.stages[s - 1][1] + net.depth[-1] + 1)]
-    space = {"depth_stem": (net.depth[0], net.depth[-1])} if net.width else {}
-    space |= {f"depth_{s}": net.depth for s in stages}
-    space |= {f"width_{part}": net.width for part in ("mid", "stem", *stages) if net.width}
-    space |= {f"kernel_{slot}": net.kernel for slot in slots if net.kernel}
-    space |= {f"expand_{slot}": net.expand for slot in slots}
-    names, base = list(space), {str(s): net.stages[s - 1][1] for s in stages}
-    switches = [(names.index(f"depth_{part[1]}"), int(part[2]) - base[part[1]]) if len(part) == 3 else (0, 0)
-                for part in (name.split("_") for name in names)]  # three parts, as in expand_2_3: a block's gene
-    return net._replace(genes=space, switches=tuple(switches))
+    """The network: each block in every variant that its genes allow. `expand_2_3` belongs to the third block of the
+    second stage, and is on from a depth on that leaves that stage three blocks."""
+    build, sizes = NETWORKS[name, "tiny" if preset == "tiny" else "paper"]
+    genes, builders = build(classes, **sizes)
+    names, switches, blocks = list(genes), [], []
+    for part in (name.split("_") for name in names):
+        block = len(part) == 3  # kernel_2_3 and expand_2_3
+        switches.append((names.index(f"depth_{part[1]}"), int(part[2]) - sizes["stages"][int(part[1]) - 1][1])
+                        if block else (0, 0))
+    for needed, build in builders:
+        places = tuple(names.index(name) for name in needed.split())
+        values = itertools.product(*(genes[names[i]] + (0,) * (switches[i] != (0, 0)) for i in places))
+        blocks.append((places, {chosen: None if 0 in chosen else build(*chosen) for chosen in values}))
+    return Net(genes, tuple(switches), blocks)
 
 def count_students(net: Net) -> int:
     """How many genotypes the network holds, exactly (section 4.3; the paper's estimate is 2e19 for both).
@@ -67,21 +160,31 @@ def count_students(net: Net) -> int:
     The genes of a block that is switched off do not count: a stage of n active blocks has (choices per block)^n forms.
     Some genotypes are the same network, where channels are rounded to the same multiple of 8.
     """
-    per_block = len(net.expand) * max(1, len(net.kernel))
-    total = 2 * len(net.width) ** (2 + len(net.stages)) if net.width else 1  # the stem's depth; widths of m, s, stages
-    for _, base_depth, *_ in net.stages:
-        total *= sum(per_block ** (base_depth + depth) for depth in net.depth)
+    total = 1
+    for place, (name, depths) in enumerate(net.genes.items()):
+        others = [(least, len(choices)) for (other, choices), (owner, least) in zip(net.genes.items(), net.switches)
+                  if owner == place and not other.startswith("depth")]
+        if name.startswith("depth"):
+            total *= sum(math.prod(count for least, count in others if depth >= least) for depth in depths)
     return total
 
 def shapes(net: Net) -> dict[str, tuple]:
     """Name and shape of every shared weight: those of the largest student, and the kernel transforms."""
-    shape = {}
+    shape, kernels = {}, {}
+    for layer in layers([block for _, variants in net.blocks for block in variants.values() if block]):
+        kernels.setdefault(layer.name, set()).add(layer.kernel)
     for layer in layers(blocks_of(net, student_at(net, -1))):
-        shape[f"{layer.name}.conv.weight"] = (layer.out, layer.inp // layer.groups, layer.kernel, layer.kernel)
+        if layer.kernel:
+            shape[f"{layer.name}.conv.weight"] = (layer.out, layer.inp // layer.groups, layer.kernel, layer.kernel)
         shape |= {f"{layer.name}.{part}": (layer.out,) for part in layer.tail}
-        if layer.groups > 1:
-            shape |= {f"{layer.name}.to{k}": (k * k, k * k) for k in net.kernel if k < layer.kernel}
+        shape |= {f"{layer.name}.to{k}": (k * k, k * k) for k in sorted(kernels[layer.name]) if k < layer.kernel}
     return shape
+
+def plain(value):
+    """The same of tuples, lists and dicts alone, as chapters read it from the file."""
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items()}
+    return tuple(map(plain, value)) if isinstance(value, (tuple, list)) else value
 
 def init_weights(net: Net) -> dict[str, Tensor]:
     """Shared weights at random: He et al. (2015) for convolutions, identities for batch norm and kernel transforms."""
@@ -107,11 +210,12 @@ def difference_from_standalone(shared: dict[str, Tensor], blocks: tuple) -> floa
         return (forward(weights, blocks, x, stats) - standalone(x)).abs().max().item()
 
 # ---- The dynamic network: genes -> layers -> a slice of the shared weights -> logits ---------------------------------
-# Channels of the stem; stages (width, base depth, stride[, activation, squeeze-and-excitation]); the choices of each
-# kind of gene, smallest first; {gene: its choices} in the order of a genotype. Chapter 1 makes it, the others read it.
-Net = namedtuple("Net", "stem stages depth expand width kernel head stem_stride classes genes switches",
-                 defaults=((), (), (), 1, 10, (), ()))
-# A convolution (a linear layer is a 1x1 one), the weights behind it (batch norm, a bias or none) and its activation.
+# {gene: its choices, smallest first}, in the order of a genotype; what switches each gene on, for canonical(); and for
+# each block of the largest student the places of the genes that it depends on, and {their values: the Block, or None
+# where they switch it off}. Chapter 1 makes it, the others read it.
+Net = namedtuple("Net", "genes switches blocks")
+# A convolution (a linear layer is a 1x1 one; kernel 0: none), the weights behind it (batch norm, a bias or none) and
+# its activation.
 BN = ("bn.weight", "bn.bias")
 BIAS = ("conv.bias",)
 Layer = namedtuple("Layer", "name inp out kernel stride groups tail act", defaults=(1, 1, 1, BN, "relu"))
@@ -119,11 +223,6 @@ Layer = namedtuple("Layer", "name inp out kernel stride groups tail act", defaul
 # layer of main reads. pool: global average pooling first.
 Block = namedtuple("Block", "main shortcut gate act pool", defaults=(None, (), "none", False))
 ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu_, "hswish": F.hardswish, "hsigmoid": F.hardsigmoid}
-
-def divisible(channels: float) -> int:
-    """The nearest multiple of 8 that is at least 8 and not below 90% of `channels`."""
-    rounded = max(8, int(channels + 4) // 8 * 8)
-    return rounded + 8 if rounded < 0.9 * channels else rounded
 
 def canonical(net: Net, student: tuple) -> tuple:
     """The one genotype of a student: genes of blocks that its depth genes switch off are 0. A switch is the place of a
@@ -139,47 +238,10 @@ def sample(net: Net, rng: random.Random, kinds: tuple = ("depth", "width", "kern
     return canonical(net, tuple(rng.choice(choices) if name.split("_")[0] in kinds else choices[-1]
                                 for name, choices in net.genes.items()))
 
-@functools.lru_cache(maxsize=None)
-def residual(resnet: bool, name: str, inp: int, out: int, kernel: int, expand: float, stride: int, act="", gated=False):
-    """ResNet's block (1x1 down, 3x3, 1x1 up; the first of a stage pools and projects its shortcut) or MobileNet's (1x1
-    up, depthwise, gate, 1x1 down; its shortcut is there where the shape is kept)."""
-    middle = divisible(round((out if resnet else inp) * expand))
-    main = (Layer(f"{name}_reduce", inp, middle, act=act or "relu"),
-            Layer(f"{name}_middle", middle, middle, kernel, stride, 1 if resnet else middle, act=act or "relu"),
-            Layer(f"{name}_last", middle, out, act="none"))
-    if resnet:
-        return Block(main, (Layer(f"{name}_shortcut", inp, out, act="none"),) * name.endswith("_1"), act="relu")
-    squeezed = divisible(middle // 4)
-    gate = (Layer(f"{name}_squeeze", middle, squeezed, tail=BIAS),
-            Layer(f"{name}_excite", squeezed, middle, tail=BIAS, act="hsigmoid"))
-    return Block(main[expand == 1:], () if stride == 1 and inp == out else None, gate if gated else ())
-
 def blocks_of(net: Net, student: tuple) -> tuple[Block, ...]:
     """The student's network, from the input image to the logits."""
-    gene = dict(zip(net.genes, student))
-    if net.width:
-        inp = divisible(net.stem * gene["width_stem"])
-        middle = divisible(divisible(net.stem * gene["width_mid"]) // 2)
-        blocks = [Block((Layer("stem_1", 3, middle, 3, net.stem_stride),)),
-                  Block((Layer("stem_2", middle, middle, 3),), shortcut=()), Block((Layer("stem_3", middle, inp, 3),))]
-        if gene["depth_stem"] < net.depth[-1]:
-            del blocks[1]
-    else:
-        inp = net.stem
-        blocks = [Block((Layer("stem", 3, inp, 3, net.stem_stride, act="hswish"),)),
-                  residual(False, "0_1", inp, inp, 3, 1, 1)]
-    for s, (width, base_depth, stride, *act_and_gate) in enumerate(net.stages, 1):
-        out = divisible(width * gene[f"width_{s}"]) if net.width else width
-        for b in range(1, base_depth + gene[f"depth_{s}"] + 1):
-            kernel, expand = gene[f"kernel_{s}_{b}"] if net.kernel else 3, gene[f"expand_{s}_{b}"]
-            blocks.append(residual(net.width != (), f"{s}_{b}", inp, out, kernel, expand, stride if b == 1 else 1,
-                                   *act_and_gate))
-            inp = out
-    if net.head:
-        blocks += [Block((Layer("head_1", inp, net.head[0], act="hswish"),)),
-                   Block((Layer("head_2", *net.head, tail=(), act="hswish"),), pool=True)]
-        inp = net.head[1]
-    return (*blocks, Block((Layer("classifier", inp, net.classes, tail=BIAS, act="none"),), pool=True))
+    found = [variants[tuple([student[place] for place in places])] for places, variants in net.blocks]
+    return tuple([block for block in found if block])
 
 def layers(blocks: tuple) -> list[Layer]:
     """All layers of a network."""
@@ -190,12 +252,13 @@ def slice_weights(shared: dict[str, Tensor], blocks: tuple, dtype: torch.dtype |
     channels last (1.2 times as fast as channels first), and in `dtype`, if given."""
     weights = {}
     for layer in layers(blocks):
-        weight = shared[f"{layer.name}.conv.weight"][:layer.out, :layer.inp // layer.groups]
-        while weight.shape[-1] > layer.kernel:  # 7x7 -> 5x5 -> 3x3, each by the layer's own learned matrix
-            k = weight.shape[-1] - 2
-            centre = weight[:, :, 1:-1, 1:-1].reshape(-1, k * k)
-            weight = (centre @ shared[f"{layer.name}.to{k}"]).view(layer.out, 1, k, k)
-        weights[f"{layer.name}.conv.weight"] = weight.contiguous(memory_format=torch.channels_last)
+        if layer.kernel:
+            weight = shared[f"{layer.name}.conv.weight"][:layer.out, :layer.inp // layer.groups]
+            while weight.shape[-1] > layer.kernel:  # 7x7 -> 5x5 -> 3x3, each by the layer's own learned matrix
+                k = weight.shape[-1] - 2
+                centre = weight[:, :, 1:-1, 1:-1].reshape(-1, k * k)
+                weight = (centre @ shared[f"{layer.name}.to{k}"]).view(layer.out, 1, k, k)
+            weights[f"{layer.name}.conv.weight"] = weight.contiguous(memory_format=torch.channels_last)
         weights |= {f"{layer.name}.{part}": shared[f"{layer.name}.{part}"][:layer.out] for part in layer.tail}
     if dtype:
         weights = {name: weight.to(dtype) if ".conv." in name else weight for name, weight in weights.items()}
@@ -212,7 +275,7 @@ def walk(blocks: tuple, x: Tensor, run) -> Tensor:
             y = y * run(excite, run(squeeze, y.mean((2, 3), keepdim=True)))
         y = run(block.main[-1], y)
         if block.shortcut:
-            x = run(block.shortcut[0], F.avg_pool2d(x, x.shape[-1] // y.shape[-1]))
+            x = run(block.shortcut[0], F.avg_pool2d(x, x.shape[-1] // y.shape[-1] // block.shortcut[0].stride))
         x = ACTIVATIONS[block.act](y if block.shortcut is None else y + x)
     return x.flatten(1)
 
@@ -222,8 +285,9 @@ def forward(weights: dict, blocks: tuple, x: Tensor, stats: dict | None = None, 
     batch's again, while `stats` are updated in place (calibration). In bf16 are convolutions alone."""
     def run(layer, x):
         conv, bn = f"{layer.name}.conv", f"{layer.name}.bn"
-        x = F.conv2d(x, weights[f"{conv}.weight"], weights.get(f"{conv}.bias"), layer.stride, layer.kernel // 2, 1,
-                     layer.groups)
+        if layer.kernel:
+            x = F.conv2d(x, weights[f"{conv}.weight"], weights.get(f"{conv}.bias"), layer.stride, layer.kernel // 2, 1,
+                         layer.groups)
         if layer.tail == BN:
             mean, var = stats[layer.name] if stats else (None, None)
             x = F.batch_norm(x, mean, var, weights[f"{bn}.weight"], weights[f"{bn}.bias"], not stats or momentum > 0,
@@ -232,14 +296,13 @@ def forward(weights: dict, blocks: tuple, x: Tensor, stats: dict | None = None, 
     dtype = weights[f"{blocks[0].main[0].name}.conv.weight"].dtype
     return walk(blocks, x.to(dtype).contiguous(memory_format=torch.channels_last), run).to(x.dtype)
 
-@functools.lru_cache(maxsize=None)
 def block_cost(block: Block, side: int) -> tuple[int, int, int]:
     """(parameters, MACs, side of the map it makes) of a block that is given a map of side x side pixels."""
     params = macs = 0
     side = 1 if block.pool else side
     for layer in (*block.main, *block.gate, *(block.shortcut or ())):
         weight = layer.out * layer.inp // layer.groups * layer.kernel ** 2
-        side //= layer.stride
+        side //= layer.stride if layer in block.main else 1  # the shortcut runs beside them
         macs += weight * (1 if layer in block.gate else side ** 2)
         params += weight + len(layer.tail) * layer.out
     return params, macs, side
@@ -261,8 +324,9 @@ class Standalone(nn.Module):
         self.blocks, state = blocks, dict(weights)
         for layer in layers(blocks):
             part = nn.Sequential()
-            part.conv = nn.Conv2d(layer.inp, layer.out, layer.kernel, layer.stride, layer.kernel // 2, 1, layer.groups,
-                                  layer.tail == BIAS)
+            if layer.kernel:
+                part.conv = nn.Conv2d(layer.inp, layer.out, layer.kernel, layer.stride, layer.kernel // 2, 1,
+                                      layer.groups, layer.tail == BIAS)
             if layer.tail == BN:
                 part.bn = nn.BatchNorm2d(layer.out)
                 state[f"{layer.name}.bn.running_mean"], state[f"{layer.name}.bn.running_var"] = stats[layer.name]
@@ -277,8 +341,7 @@ def data_file(args) -> Path:
     """The cache of --dataset's images, which chapter 1 writes; another one when a folder gains or loses files."""
     mark = f"-{args.seed}" if args.dataset == "toy" else ""
     if args.dataset not in ("cifar10", "cifar100", "toy"):
-        folders = [folder for folder in sorted(Path(args.dataset).resolve().glob("t*/*")) if folder.is_dir()]
-        found = [(str(folder), folder.stat().st_mtime_ns) for folder in folders]
+        found = [(str(path), path.stat().st_mtime_ns) for path in sorted(Path(args.dataset).resolve().glob("t*/*/"))]
         mark = f"-{zlib.crc32(repr(found).encode()):08x}"
     return args.data_dir / f"{args.name}{mark}.pt"
 
@@ -310,8 +373,7 @@ def write(path: Path, content):
         torch.save(content, buffer := io.BytesIO())  # not to the file: a full disk would not be an OSError
         content = buffer.getvalue()
     elif isinstance(content, list):
-        columns = max(content, key=len)
-        lines = [columns, *([row.get(column, "") for column in columns] for row in content)]
+        lines = [columns := max(content, key=len), *([row.get(column, "") for column in columns] for row in content)]
         content = "".join(",".join(map(str, line)) + "\n" for line in lines).encode()
     try:
         with open(temporary, "wb") as file:
@@ -357,7 +419,7 @@ def read_flags(stage: dict, **others: dict) -> argparse.Namespace:
     parser.error = fail
     common = {"dataset": {"default": "cifar10", "metavar": "cifar10|cifar100|toy|PATH",
                           "help": "PATH: a folder with train/<class>/* and test/<class>/* images"},
-              "net": {"default": "resnet50", "metavar": "resnet50|mbv3"},
+              "net": {"default": "resnet50", "metavar": "resnet50|mbv3|wrn34_10"},
               "preset": {"choices": ("paper", "quick", "tiny"), "help": "default: paper, for toy tiny"},
               "out": {"type": Path, "help": "folder of all chapters' files (default: runs/<dataset>-<net>)"},
               "data_dir": {"type": Path, "default": Path("data"), "help": "folder of the cached images"},
@@ -382,8 +444,8 @@ def read_flags(stage: dict, **others: dict) -> argparse.Namespace:
     args.name = Path(args.dataset).resolve().name
     args.out = args.out or Path("runs", f"{args.name}-{args.net}")
     args.common = {"dataset": data_file(args).stem, "net": args.net, "preset": args.preset}
-    chosen = {name: getattr(args, name) for name in (*stage, *others) if name not in ("bench", "save_every")}
-    args.settings = {**args.common, "seed": args.seed, **chosen}
+    kept = {key: getattr(args, key) for key in stage | others if key not in ("bench", "judge", "figures", "save_every")}
+    args.settings = {**args.common, "seed": args.seed, **kept}
     try:
         args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=args.device)
@@ -418,8 +480,8 @@ def run_chapter(main):
         fail(f"{error.filename or 'a file'} could not be written: {error.strerror}")
 
 # ---- The images: read once, for all chapters -------------------------------------------------------------------------
-def toy_images(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """`count` pictures of stripes and their labels: 3 orientations x 3 frequencies, and a checkerboard.
+def toy_images(count: int, seed: int) -> tuple[Tensor, Tensor, list]:
+    """`count` pictures of stripes, their labels and classes: 3 orientations x 3 frequencies, and a checkerboard.
 
     Phase, colours, contrast and noise are random, so no pixel tells the class (a linear classifier fails), flips and
     crops keep it, and the contrast is such that an attack of 8/255 overturns some images and not others.
@@ -436,9 +498,10 @@ def toy_images(count: int, seed: int) -> tuple[Tensor, Tensor]:
     colour = rng.normal(0, 1, (count, 3, 1, 1))
     colour *= rng.uniform(0.12, 0.42, (count, 1, 1, 1)) / np.abs(colour).max(1, keepdims=True)
     images = rng.uniform(0.3, 0.7, (count, 3, 1, 1)) + colour * wave[:, None] + rng.normal(0, 0.04, (count, 3, 32, 32))
-    return torch.from_numpy((images.clip(0, 1) * 255).astype(np.uint8)), torch.from_numpy(labels)
+    names = [f"{width} {way}" for width in ("wide", "medium", "narrow") for way in ("upright", "level", "slanted")]
+    return torch.from_numpy((images.clip(0, 1) * 255).astype(np.uint8)), torch.from_numpy(labels), [*names, "checks"]
 
-def cifar_images(args, train: bool) -> tuple[Tensor, Tensor]:
+def cifar_images(args, train: bool) -> tuple[Tensor, Tensor, list]:
     """CIFAR-10 or CIFAR-100 through torchvision, which downloads and checks it; exits if that fails."""
     import torchvision
     source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[args.dataset]
@@ -447,7 +510,7 @@ def cifar_images(args, train: bool) -> tuple[Tensor, Tensor]:
     except (OSError, RuntimeError) as error:
         fail(f"{args.dataset} could not be downloaded ({type(error).__name__}): offline, put {source.filename} into "
              f"{args.data_dir}, or take --dataset toy or a folder of images")
-    return torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(images.targets)
+    return torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(images.targets), images.classes
 
 def folder_images(folder: Path) -> tuple[Tensor, Tensor, list]:
     """The images of folder/<class>/*, resized to 32x32; exits if a class is empty or an image does not decode."""
@@ -477,17 +540,16 @@ def read_images(args):
         if missing:
             fail(f"--dataset {args.dataset}: not cifar10, cifar100 or toy, nor a folder with train/ and test/ "
                  f"({' and '.join(missing)} missing)")
-        *train, train_classes = folder_images(Path(args.dataset, "train"))
-        *test, test_classes = folder_images(Path(args.dataset, "test"))
-        if train_classes != test_classes:
-            fail(f"{args.dataset}: train/ and test/ differ in {sorted(set(train_classes) ^ set(test_classes))}")
+        train, test = folder_images(Path(args.dataset, "train")), folder_images(Path(args.dataset, "test"))
+        if train[2] != test[2]:
+            fail(f"{args.dataset}: train/ and test/ differ in {sorted(set(train[2]) ^ set(test[2]))}")
     if len(train[0]) < 20:
         fail(f"{args.dataset} has {len(train[0])} training images: at least 20 are needed, a tenth is held out")
     order = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(0))
     split = {"held_out": order[:len(order) // 10], "train": order[len(order) // 10:]}  # the same for every seed
     lock(args, args.data_dir)
     write(data_file(args), {
-        "settings": {}, "classes": int(train[1].max()) + 1, "test": test[0], "test_labels": test[1],
+        "settings": {}, "classes": int(train[1].max()) + 1, "names": train[2], "test": test[0], "test_labels": test[1],
         **{name: train[0][pick] for name, pick in split.items()},
         **{f"{name}_labels": train[1][pick] for name, pick in split.items()}})
 
@@ -509,12 +571,12 @@ def main():
     shared = init_weights(net)
     rng = random.Random(args.seed)
     students = {"largest": student_at(net, -1), "smallest": student_at(net, 0), "middle": student_at(net, 1)}
-    if 0.25 in net.expand and net.width:  # the sizes of the usual ResNet-50, or their like in the tiny network
-        usual = {"depth": net.depth[len(net.depth) // 2], "width": 1.0, "expand": 0.25}
-        picks = {name: usual[name.split("_")[0]] for name in net.genes} | {"depth_stem": net.depth[0]}
+    if args.net == "resnet50":  # the sizes of the usual ResNet-50, or their like in the tiny network
+        usual = {"depth": 1, "width": 1.0, "expand": 0.25}
+        picks = {name: usual[name.split("_")[0]] for name in net.genes} | {"depth_stem": 0}
         students["ResNet-50-like"] = canonical(net, tuple(picks.values()))
     students |= {f"random {i}": sample(net, rng) for i in range(1, args.students + 1)}
-    print(f"{args.net} for {net.classes} classes: {len(net.genes)} genes, {count_students(net):,} students")
+    print(f"{args.net} for {args.common['classes']} classes: {len(net.genes)} genes, {count_students(net):,} students")
     shown, rows = [], []
     for name, student in students.items():
         params, macs = cost(net, student)
@@ -523,7 +585,7 @@ def main():
                       "slice against standalone": f"{difference:.0e}"})
         rows.append({**dict(zip(net.genes, student)), "params": params, "macs": macs})
     write(args.out / "01_students.csv", rows)
-    write(checkpoint, {"settings": args.settings, "net": tuple(net), "weights": shared})
+    write(checkpoint, {"settings": args.settings, "net": plain(net), "weights": shared})
     print("the last column: how far logits are from those of a network of plain layers that copied the slice")
     finish(args, shown, [checkpoint, args.out / "01_students.csv"], "02_teacher_trades.py")
 

@@ -11,10 +11,10 @@ attacked, and taught to answer, with and without the attack, as the teacher does
 
     python 03_progressive_rslad.py --dataset toy          # under a minute on two CPU cores
     python 03_progressive_rslad.py --dataset cifar10      # the paper's schedule: days; --preset quick for an hour
+    python 03_progressive_rslad.py --sampling fixed --student "w=1.0 d=1 e=0.25"      # RSLAD, one student from scratch
 
-reads   01_dynamic_net.pt, 02_teacher.pt    the network, the teacher's weights (made first if missing)
-writes  03_progressive.pt    the shared weights (03_random.pt with --sampling random)
-        03_progressive_log.csv   a row per epoch
+reads   01_dynamic_net.pt, 02_teacher.pt            the network, the teacher's weights (made first if missing)
+writes  03_progressive.pt, 03_progressive_log.csv   the shared weights; a row per epoch (03_random, 03_fixed_<student>)
 """
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ STEPS = (("width", "kernel"), ("width", "kernel", "depth"), ("width", "kernel", 
 def rslad_loss(weights: dict, blocks: tuple, x: Tensor, target: Tensor, args, mark=lambda part: None) -> tuple:
     """(1 - alpha) KL(T(x) || S(x)) + alpha KL(T(x) || S(x')), equation 2; returns (loss, natural KL, adversarial KL).
 
-    x (B, 3, 32, 32) in [0, 1]; target (B, classes) is log T(x), the teacher's natural soft labels (the paper's KL(S, T)
-    has F.kl_div's order); x' is what PGD finds by climbing the second KL. Batch statistics throughout.
+    x (B, 3, 32, 32) in [0, 1]; target (B, classes) is log T(x); x' is what PGD finds by climbing the second KL (the
+    paper's KL(S, T) has F.kl_div's order). Batch statistics throughout.
     """
     frozen = {name: weight.detach() for name, weight in weights.items()}  # the attack needs no gradient of the weights
     x_adv = pgd(lambda x: forward(frozen, blocks, x), x, lambda logits: kl(logits, target),
@@ -77,14 +77,14 @@ def sort_channels(shared: dict[str, Tensor], net: Net):
                     weight = shared[f"{layer.name}.{part}"]
                     weight.copy_(weight.index_select(dim, order))
 
-def train_students(args, teacher, shared: dict[str, Tensor], data: dict) -> dict:
-    """Distil the teacher, logits = teacher(x), into students of the shared weights, in place; the log's last row."""
+def train_students(args, name: str, teacher, fixed: tuple, shared: dict[str, Tensor], data: dict) -> dict:
+    """Distil the teacher, logits = teacher(x), into sampled students or the fixed one, in place; the log's last row."""
     progressive = args.sampling == "progressive"
     def losses_of(step, position, x, _, mark):
-        if position == 0 and step == (2 if progressive else 0):  # expansions vary from here on
-            sort_channels(shared, args.net)
+        if position == 0 and step == (2 if progressive else 0) and "sorting" not in args.without:
+            sort_channels(shared, args.net)  # expansions vary from here on
         rng = random.Random(f"{args.seed} {step} {position % 8 if args.bench else position}")  # timed as counted
-        blocks = blocks_of(args.net, sample(args.net, rng, STEPS[step if progressive else -1]))
+        blocks = blocks_of(args.net, fixed or sample(args.net, rng, STEPS[step if progressive else -1]))
         weights = slice_weights(shared, blocks, args.dtype)
         with torch.no_grad():
             target = teacher(x).log_softmax(1)
@@ -93,33 +93,30 @@ def train_students(args, teacher, shared: dict[str, Tensor], data: dict) -> dict
     def look(epoch):  # at the largest, a middle (all second choices) and the smallest student, on held-out images
         accuracy, due = {}, epoch % args.val_every == 0 or epoch == 3 * args.epochs
         images, labels = (data[name][:args.val_images] for name in ("held_out", "held_out_labels"))
-        for size, place in (("largest", -1), ("middle", 1), ("smallest", 0)) if due else ():
-            predict = calibrated(shared, args.net, student_at(args.net, place), data["train"][:args.calibration_images])
+        sizes = {"student": None} if fixed else {"largest": -1, "middle": 1, "smallest": 0}
+        for size, place in sizes.items() if due else ():
+            student = fixed or student_at(args.net, place)
+            predict = calibrated(shared, args.net, student, data["train"][:args.calibration_images])
             found = judge(predict, images, labels, args.eps / 255, args.step_size / 255, args.steps)
             for name, right in zip(("natural", "robust"), found):
                 accuracy[f"{name}_{size}"] = right.float().mean().item()
         return accuracy
-    columns = "loss", "natural_kl", "adversarial_kl"
-    return training_loop(args, f"03_{args.sampling}", shared, data, 3, columns, losses_of, look)
+    columns, rounds = ("loss", "natural_kl", "adversarial_kl"), (1, 3 * args.epochs) if fixed else (3, args.epochs)
+    return training_loop(args, name, shared, data, *rounds, columns, losses_of, look)
 
 # ---- The dynamic network: genes -> layers -> a slice of the shared weights -> logits ---------------------------------
-# Channels of the stem; stages (width, base depth, stride[, activation, squeeze-and-excitation]); the choices of each
-# kind of gene, smallest first; {gene: its choices} in the order of a genotype. Chapter 1 makes it, the others read it.
-Net = namedtuple("Net", "stem stages depth expand width kernel head stem_stride classes genes switches",
-                 defaults=((), (), (), 1, 10, (), ()))
-# A convolution (a linear layer is a 1x1 one), the weights behind it (batch norm, a bias or none) and its activation.
+# {gene: its choices, smallest first}, in the order of a genotype; what switches each gene on, for canonical(); and for
+# each block of the largest student the places of the genes that it depends on, and {their values: the Block, or None
+# where they switch it off}. Chapter 1 makes it, the others read it.
+Net = namedtuple("Net", "genes switches blocks")
+# A convolution (a linear layer is a 1x1 one; kernel 0: none), the weights behind it (batch norm, a bias or none) and
+# its activation.
 BN = ("bn.weight", "bn.bias")
-BIAS = ("conv.bias",)
 Layer = namedtuple("Layer", "name inp out kernel stride groups tail act", defaults=(1, 1, 1, BN, "relu"))
 # act(main(x) + shortcut(x)): shortcut None is none, () the identity. gate, squeeze-and-excitation, scales what the last
 # layer of main reads. pool: global average pooling first.
 Block = namedtuple("Block", "main shortcut gate act pool", defaults=(None, (), "none", False))
 ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu_, "hswish": F.hardswish, "hsigmoid": F.hardsigmoid}
-
-def divisible(channels: float) -> int:
-    """The nearest multiple of 8 that is at least 8 and not below 90% of `channels`."""
-    rounded = max(8, int(channels + 4) // 8 * 8)
-    return rounded + 8 if rounded < 0.9 * channels else rounded
 
 def canonical(net: Net, student: tuple) -> tuple:
     """The one genotype of a student: genes of blocks that its depth genes switch off are 0. A switch is the place of a
@@ -135,47 +132,26 @@ def sample(net: Net, rng: random.Random, kinds: tuple = ("depth", "width", "kern
     return canonical(net, tuple(rng.choice(choices) if name.split("_")[0] in kinds else choices[-1]
                                 for name, choices in net.genes.items()))
 
-@functools.lru_cache(maxsize=None)
-def residual(resnet: bool, name: str, inp: int, out: int, kernel: int, expand: float, stride: int, act="", gated=False):
-    """ResNet's block (1x1 down, 3x3, 1x1 up; the first of a stage pools and projects its shortcut) or MobileNet's (1x1
-    up, depthwise, gate, 1x1 down; its shortcut is there where the shape is kept)."""
-    middle = divisible(round((out if resnet else inp) * expand))
-    main = (Layer(f"{name}_reduce", inp, middle, act=act or "relu"),
-            Layer(f"{name}_middle", middle, middle, kernel, stride, 1 if resnet else middle, act=act or "relu"),
-            Layer(f"{name}_last", middle, out, act="none"))
-    if resnet:
-        return Block(main, (Layer(f"{name}_shortcut", inp, out, act="none"),) * name.endswith("_1"), act="relu")
-    squeezed = divisible(middle // 4)
-    gate = (Layer(f"{name}_squeeze", middle, squeezed, tail=BIAS),
-            Layer(f"{name}_excite", squeezed, middle, tail=BIAS, act="hsigmoid"))
-    return Block(main[expand == 1:], () if stride == 1 and inp == out else None, gate if gated else ())
+def student_from(net: Net, text: str) -> tuple:
+    """The student of --student, such as "w=1.0 d=1 e=0.25": a letter sets all genes of its kind (w, k, d, e; those of
+    them that lack the value take their next smaller one), a gene's own name that one; the others are the largest. Exits
+    if no gene has that name and choice."""
+    try:
+        wanted, student = {name: float(value) for name, value in (word.split("=") for word in text.split())}, []
+        for name, value in wanted.items():  # raises, unless there is such a gene
+            next(name for gene, choices in net.genes.items() if name in (gene, gene[0]) and value in choices)
+        for gene, choices in net.genes.items():
+            value = wanted.get(gene, wanted.get(gene[0], choices[-1]))
+            student.append(max(choice for choice in choices if choice <= value))
+    except (ValueError, StopIteration):
+        kinds = ", ".join(f"{gene} of {choices}" for gene, choices in net.genes.items())
+        fail(f'--student "{text}": write it like "w=1.0 d=1 e=0.25"; genes are {kinds}')
+    return canonical(net, tuple(student))
 
 def blocks_of(net: Net, student: tuple) -> tuple[Block, ...]:
     """The student's network, from the input image to the logits."""
-    gene = dict(zip(net.genes, student))
-    if net.width:
-        inp = divisible(net.stem * gene["width_stem"])
-        middle = divisible(divisible(net.stem * gene["width_mid"]) // 2)
-        blocks = [Block((Layer("stem_1", 3, middle, 3, net.stem_stride),)),
-                  Block((Layer("stem_2", middle, middle, 3),), shortcut=()), Block((Layer("stem_3", middle, inp, 3),))]
-        if gene["depth_stem"] < net.depth[-1]:
-            del blocks[1]
-    else:
-        inp = net.stem
-        blocks = [Block((Layer("stem", 3, inp, 3, net.stem_stride, act="hswish"),)),
-                  residual(False, "0_1", inp, inp, 3, 1, 1)]
-    for s, (width, base_depth, stride, *act_and_gate) in enumerate(net.stages, 1):
-        out = divisible(width * gene[f"width_{s}"]) if net.width else width
-        for b in range(1, base_depth + gene[f"depth_{s}"] + 1):
-            kernel, expand = gene[f"kernel_{s}_{b}"] if net.kernel else 3, gene[f"expand_{s}_{b}"]
-            blocks.append(residual(net.width != (), f"{s}_{b}", inp, out, kernel, expand, stride if b == 1 else 1,
-                                   *act_and_gate))
-            inp = out
-    if net.head:
-        blocks += [Block((Layer("head_1", inp, net.head[0], act="hswish"),)),
-                   Block((Layer("head_2", *net.head, tail=(), act="hswish"),), pool=True)]
-        inp = net.head[1]
-    return (*blocks, Block((Layer("classifier", inp, net.classes, tail=BIAS, act="none"),), pool=True))
+    found = [variants[tuple([student[place] for place in places])] for places, variants in net.blocks]
+    return tuple([block for block in found if block])
 
 def layers(blocks: tuple) -> list[Layer]:
     """All layers of a network."""
@@ -186,12 +162,13 @@ def slice_weights(shared: dict[str, Tensor], blocks: tuple, dtype: torch.dtype |
     channels last (1.2 times as fast as channels first), and in `dtype`, if given."""
     weights = {}
     for layer in layers(blocks):
-        weight = shared[f"{layer.name}.conv.weight"][:layer.out, :layer.inp // layer.groups]
-        while weight.shape[-1] > layer.kernel:  # 7x7 -> 5x5 -> 3x3, each by the layer's own learned matrix
-            k = weight.shape[-1] - 2
-            centre = weight[:, :, 1:-1, 1:-1].reshape(-1, k * k)
-            weight = (centre @ shared[f"{layer.name}.to{k}"]).view(layer.out, 1, k, k)
-        weights[f"{layer.name}.conv.weight"] = weight.contiguous(memory_format=torch.channels_last)
+        if layer.kernel:
+            weight = shared[f"{layer.name}.conv.weight"][:layer.out, :layer.inp // layer.groups]
+            while weight.shape[-1] > layer.kernel:  # 7x7 -> 5x5 -> 3x3, each by the layer's own learned matrix
+                k = weight.shape[-1] - 2
+                centre = weight[:, :, 1:-1, 1:-1].reshape(-1, k * k)
+                weight = (centre @ shared[f"{layer.name}.to{k}"]).view(layer.out, 1, k, k)
+            weights[f"{layer.name}.conv.weight"] = weight.contiguous(memory_format=torch.channels_last)
         weights |= {f"{layer.name}.{part}": shared[f"{layer.name}.{part}"][:layer.out] for part in layer.tail}
     if dtype:
         weights = {name: weight.to(dtype) if ".conv." in name else weight for name, weight in weights.items()}
@@ -208,7 +185,7 @@ def walk(blocks: tuple, x: Tensor, run) -> Tensor:
             y = y * run(excite, run(squeeze, y.mean((2, 3), keepdim=True)))
         y = run(block.main[-1], y)
         if block.shortcut:
-            x = run(block.shortcut[0], F.avg_pool2d(x, x.shape[-1] // y.shape[-1]))
+            x = run(block.shortcut[0], F.avg_pool2d(x, x.shape[-1] // y.shape[-1] // block.shortcut[0].stride))
         x = ACTIVATIONS[block.act](y if block.shortcut is None else y + x)
     return x.flatten(1)
 
@@ -218,8 +195,9 @@ def forward(weights: dict, blocks: tuple, x: Tensor, stats: dict | None = None, 
     batch's again, while `stats` are updated in place (calibration). In bf16 are convolutions alone."""
     def run(layer, x):
         conv, bn = f"{layer.name}.conv", f"{layer.name}.bn"
-        x = F.conv2d(x, weights[f"{conv}.weight"], weights.get(f"{conv}.bias"), layer.stride, layer.kernel // 2, 1,
-                     layer.groups)
+        if layer.kernel:
+            x = F.conv2d(x, weights[f"{conv}.weight"], weights.get(f"{conv}.bias"), layer.stride, layer.kernel // 2, 1,
+                         layer.groups)
         if layer.tail == BN:
             mean, var = stats[layer.name] if stats else (None, None)
             x = F.batch_norm(x, mean, var, weights[f"{bn}.weight"], weights[f"{bn}.bias"], not stats or momentum > 0,
@@ -279,8 +257,7 @@ def data_file(args) -> Path:
     """The cache of --dataset's images, which chapter 1 writes; another one when a folder gains or loses files."""
     mark = f"-{args.seed}" if args.dataset == "toy" else ""
     if args.dataset not in ("cifar10", "cifar100", "toy"):
-        folders = [folder for folder in sorted(Path(args.dataset).resolve().glob("t*/*")) if folder.is_dir()]
-        found = [(str(folder), folder.stat().st_mtime_ns) for folder in folders]
+        found = [(str(path), path.stat().st_mtime_ns) for path in sorted(Path(args.dataset).resolve().glob("t*/*/"))]
         mark = f"-{zlib.crc32(repr(found).encode()):08x}"
     return args.data_dir / f"{args.name}{mark}.pt"
 
@@ -314,17 +291,18 @@ PRECISION = {"choices": ("fp32", "bf16"), "help": "of convolutions in training; 
 
 def conv_dtype(args) -> torch.dtype:
     """The type of convolutions in training: --precision, or whichever is faster here."""
-    bf16_is_faster = args.device.type == "cuda" or args.net.stem == 64 and torch.cpu._is_avx512_bf16_supported()
+    large = (args.common["net"], args.preset == "tiny") == ("resnet50", False)
+    bf16_is_faster = args.device.type == "cuda" or large and torch.cpu._is_avx512_bf16_supported()
     args.precision = args.settings["precision"] = args.precision or ("bf16" if bf16_is_faster else "fp32")
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
 
-def training_loop(args, name: str, shared: dict, data: dict, rounds: int, columns: tuple, losses_of, look, best=""):
+def training_loop(args, name: str, shared: dict, data, rounds: int, epochs: int, columns, losses_of, look, best=""):
     """The loop around losses_of(round, position, x, y, mark), whose first loss is descended, and look(epoch), which
     judges. All randomness of an iteration comes from seed and number: a run that continues from its saved state is the
     run that never stopped. Returns the log's last row, or weights and row of the epoch with the best `best`."""
     batch = min(args.batch_size, len(data["train"]))
     per_epoch = len(data["train"]) // batch  # an incomplete last batch is left out
-    length = args.epochs * per_epoch  # iterations of a round: a linear warm-up, a cosine to 0
+    length = epochs * per_epoch  # iterations of a round: a linear warm-up, a cosine to 0
     losses = torch.zeros(per_epoch, len(columns), device=args.device)
     optimizer = torch.optim.SGD(shared.values(), args.lr, args.momentum, weight_decay=args.weight_decay)
     momentum = {f"{key}.momentum": torch.zeros_like(weight).detach() for key, weight in shared.items()}
@@ -381,26 +359,23 @@ def training_loop(args, name: str, shared: dict, data: dict, rounds: int, column
             print("  " + "  ".join(f"{key} {value:.4g}" for key, value in rows[-1].items()), flush=True)
             write(args.out / f"{name}_log.csv", rows)  # first: stopped in between, the epoch is done, and logged, again
             save()
-    return kept if best else rows[-1]
+    return {**kept, "seconds": rows[-1]["seconds"]} if best else rows[-1]
 
 class Meter:
     """Counts iterations (or students) and says, every 10 seconds, how long the rest will take. With --bench it times
     them, part by part: 8 under PyTorch's FLOP counter, which warm up too, then 8 more; then the program ends."""
-
     def __init__(self, args, total: int, unit: str, done: int):
         self.args, self.total, self.unit, self.first, self.done = args, total, unit, done, done
         self.start = self.said = self.last = time.perf_counter()
         self.parts, self.laps, self.counter = {}, [], FlopCounterMode(display=False)
         if args.bench:
             self.counter.__enter__()
-
     def mark(self, part: str):
         """With --bench: the time since the last mark went into this part. Without, nothing waits for the device."""
         if self.args.bench:
             if self.args.device.type == "cuda":
                 torch.cuda.synchronize()
             self.parts[part], self.last = time.perf_counter() - self.last, time.perf_counter()
-
     def lap(self, part: str, images: int, say):
         """`part` was the last of one over so many images. `say` is called, and waits for the device, when it is due."""
         self.mark(part)
@@ -415,19 +390,18 @@ class Meter:
             minutes = (now - self.start) / (self.done - self.first) * (self.total - self.done) / 60
             print(f"  {self.done}/{self.total} {self.unit}  {say()}  {minutes:.1f} minutes left", flush=True)
             self.said = now
-
     def report(self, images: int, laps: list[dict]):
         """Where the time of a median lap goes, how fast it is beside a matrix product, and what the whole run takes."""
-        on_gpu, precision = self.args.device.type == "cuda", getattr(self.args, "precision", "fp32")
-        matrix = torch.rand([8192 if on_gpu else 1024] * 2, device=self.args.device)
-        matrix = matrix.bfloat16() if precision == "bf16" else matrix
-        peak = 2 * len(matrix) ** 3 / min(timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=20))
+        on_gpu = self.args.device.type == "cuda"
+        dtype, side = getattr(self.args, "dtype", torch.float32), 8192 if on_gpu else 1024
+        matrix = torch.rand(side, side, device=self.args.device, dtype=dtype)
+        peak = 2 * side ** 3 / min(timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=20))
         rate = self.counter.get_total_flops() / sum(sum(lap.values()) for lap in laps)
         lap = {part: torch.tensor([lap[part] for lap in laps]).median().item() for part in laps[0]}
         whole = torch.tensor([sum(lap.values()) for lap in laps]).median().item()
         finish(self.args, [{"part": name, "ms": 1e3 * s, "share": f"{s / whole:.0%}"} for name, s in lap.items()])
         memory = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(0).ru_maxrss
-        print(f"{images / whole:.4g} images/s, {60 / whole:.4g} {self.unit}/minute on {self.args.device}, {precision}; "
+        print(f"{images / whole:.4g} images/s, {60 / whole:.4g} {self.unit}/minute on {self.args.device}, {dtype}; "
               f"{rate / 1e12:.3g} TFLOP/s, {rate / peak:.0%} of a matrix product's here\n"
               f"memory {memory / 2 ** 30:.3g} GiB at most; {self.total} {self.unit}: {self.total * whole / 3600:.3g} h")
         raise SystemExit
@@ -446,8 +420,7 @@ def write(path: Path, content):
         torch.save(content, buffer := io.BytesIO())  # not to the file: a full disk would not be an OSError
         content = buffer.getvalue()
     elif isinstance(content, list):
-        columns = max(content, key=len)
-        lines = [columns, *([row.get(column, "") for column in columns] for row in content)]
+        lines = [columns := max(content, key=len), *([row.get(column, "") for column in columns] for row in content)]
         content = "".join(",".join(map(str, line)) + "\n" for line in lines).encode()
     try:
         with open(temporary, "wb") as file:
@@ -478,11 +451,16 @@ def read_net(args) -> dict[str, Tensor]:
     """The untrained weights of chapter 1; sets args.net, and args.shapes, {name: shape} of all shared weights."""
     path = need(args, args.out / "01_dynamic_net.pt", "01_dynamic_net.py")
     content = load(path, args.common)
+    def block(main, shortcut, gate, act, pool):
+        return Block(*(part and tuple(Layer(*layer) for layer in part) for part in (main, shortcut, gate)), act, pool)
     try:
-        args.net, args.shapes = Net(*content["net"]), {name: part.shape for name, part in content["weights"].items()}
+        genes, switches, tables = content["net"]
+        args.net = Net(genes, switches, [(places, {values: found and block(*found) for values, found in table.items()})
+                                         for places, table in tables])
+        args.shapes = {name: part.shape for name, part in content["weights"].items()}
         for layer in layers(blocks_of(args.net, student_at(args.net, -1))):
             layer_shape = layer.out, layer.inp // layer.groups, layer.kernel, layer.kernel
-            assert args.shapes[f"{layer.name}.conv.weight"] == layer_shape
+            assert not layer.kernel or args.shapes[f"{layer.name}.conv.weight"] == layer_shape
     except Exception:  # many kinds, of a file that is not chapter 1's
         fail(f"{path} does not hold a network: delete it to have it made anew")
     return content["weights"]
@@ -501,6 +479,8 @@ def lock(args, folder: Path, *old: Path):
 
 # ---- Flags, and how chapters follow each other -----------------------------------------------------------------------
 SAMPLING = {"choices": ("progressive", "random"), "default": "progressive", "help": "how chapter 3 draws students"}
+STUDENT = {"metavar": '"w=1.0 d=1 e=0.25"', "help": "train this student alone, from scratch, for table 1: genes by "
+           "first letter, all alike, or by name; those that are not named are the largest"}
 
 def read_flags(stage: dict, **others: dict) -> argparse.Namespace:
     """The flags common to all chapters, the numbers of this one's `stage`, and other flags with their settings."""
@@ -508,7 +488,7 @@ def read_flags(stage: dict, **others: dict) -> argparse.Namespace:
     parser.error = fail
     common = {"dataset": {"default": "cifar10", "metavar": "cifar10|cifar100|toy|PATH",
                           "help": "PATH: a folder with train/<class>/* and test/<class>/* images"},
-              "net": {"default": "resnet50", "metavar": "resnet50|mbv3"},
+              "net": {"default": "resnet50", "metavar": "resnet50|mbv3|wrn34_10"},
               "preset": {"choices": ("paper", "quick", "tiny"), "help": "default: paper, for toy tiny"},
               "out": {"type": Path, "help": "folder of all chapters' files (default: runs/<dataset>-<net>)"},
               "data_dir": {"type": Path, "default": Path("data"), "help": "folder of the cached images"},
@@ -533,8 +513,8 @@ def read_flags(stage: dict, **others: dict) -> argparse.Namespace:
     args.name = Path(args.dataset).resolve().name
     args.out = args.out or Path("runs", f"{args.name}-{args.net}")
     args.common = {"dataset": data_file(args).stem, "net": args.net, "preset": args.preset}
-    chosen = {name: getattr(args, name) for name in (*stage, *others) if name not in ("bench", "save_every")}
-    args.settings = {**args.common, "seed": args.seed, **chosen}
+    kept = {key: getattr(args, key) for key in stage | others if key not in ("bench", "judge", "figures", "save_every")}
+    args.settings = {**args.common, "seed": args.seed, **kept}
     try:
         args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=args.device)
@@ -569,32 +549,52 @@ def run_chapter(main):
         fail(f"{error.filename or 'a file'} could not be written: {error.strerror}")
 
 # ---- The chapter -----------------------------------------------------------------------------------------------------
+def read_teacher(args, data: dict) -> tuple:
+    """The largest student of --out or --teacher, perhaps of another network: (logits = teacher(x), frozen, with its own
+    batch-norm statistics; all weights). With --bench untrained weights will do: they take as long."""
+    other = argparse.Namespace(**vars(args) | {"out": args.teacher or args.out})
+    path = other.out / "02_teacher.pt"
+    if args.teacher:
+        other.common = {key: args.common[key] for key in ("dataset", "preset", "classes")}
+        if not path.exists():
+            fail(f"{path} is missing: --teacher is a folder in which 02_teacher_trades.py has trained a teacher")
+    weights = read_net(other)
+    if path.exists() or not args.bench:
+        weights = load(need(args, path, "02_teacher_trades.py"), other.common, other.shapes)["weights"]
+    weights, images = {key: weight.to(args.device) for key, weight in weights.items()}, data["train"]
+    largest = student_at(other.net, -1)
+    return calibrated(weights, other.net, largest, images[:args.calibration_images], args.dtype), weights
+
 def main():
-    args = read_flags(STAGE, sampling=SAMPLING, precision=PRECISION, bench=BENCH)
+    args = read_flags(
+        STAGE, sampling=SAMPLING | {"choices": (*SAMPLING["choices"], "fixed")}, student=STUDENT, precision=PRECISION,
+        bench=BENCH, teacher={"type": Path, "metavar": "FOLDER", "help": "learn from the teacher there, of any kind"},
+        without={"nargs": "+", "default": [], "choices": ("start", "sorting"), "help": "start anew; do not sort"})
     data, weights = load_data(args), read_net(args)
-    args.dtype = conv_dtype(args)
-    checkpoint, state = args.out / f"03_{args.sampling}.pt", args.out / f"03_{args.sampling}_state.pt"
-    following = f"04_predictor.py --sampling={args.sampling}"
+    if not args.net.genes or (args.sampling == "fixed") != bool(args.student):
+        fail('--sampling fixed and --student "..." go together, and need a network with genes')
+    args.dtype, fixed = conv_dtype(args), student_from(args.net, args.student) if args.student else ()
+    name = f"03_{args.sampling}" + (f"_{args.student}" if fixed else "").replace(" ", "").replace("=", "")
+    name += f"_{args.teacher.resolve().name}" if fixed and args.teacher else ""
+    checkpoint, state = args.out / f"{name}.pt", args.out / f"{name}_state.pt"
+    following = "02_teacher_trades.py --judge" if fixed else f"04_predictor.py --sampling={args.sampling}"
     if checkpoint.exists() and not args.restart and not args.bench:
         load(checkpoint, args.settings, args.shapes)
         state.unlink(missing_ok=True)
         return finish(args, [], [f"{checkpoint} earlier (--restart makes it anew)"], following)
-    path = args.out / "02_teacher.pt"
-    if path.exists() or not args.bench:  # which can do with untrained weights: they take as long
-        weights = load(need(args, path, "02_teacher_trades.py"), args.common, args.shapes)["weights"]
-    weights = {name: weight.to(args.device) for name, weight in weights.items()}
-    images = data["train"][:args.calibration_images]
-    teacher = calibrated(weights, args.net, student_at(args.net, -1), images, args.dtype)
-    shared = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+    teacher, taught = read_teacher(args, data)
+    start = weights if fixed or args.teacher or "start" in args.without else taught
+    shared = {key: weight.to(args.device, copy=True).requires_grad_() for key, weight in start.items()}
     print(f"RSLAD with {args.sampling} sampling, {len(data['train'])} images, 3 x {args.epochs} epochs", flush=True)
     if not args.bench:
         lock(args, args.out, checkpoint, state)
-    last = train_students(args, teacher, shared, data)
-    write(checkpoint, {"settings": args.settings, "weights": {name: shared[name].detach() for name in shared}})
+    last = train_students(args, name, teacher, fixed, shared, data)
+    write(checkpoint, {"settings": args.settings, "seconds": last["seconds"], "students": {name[9:]: fixed},
+                       "weights": {key: weight.detach() for key, weight in shared.items()}})
     state.unlink(missing_ok=True)
-    rows = [{"held-out": size, "natural": last[f"natural_{size}"], f"PGD-{args.steps}": last[f"robust_{size}"]}
-            for size in ("largest", "middle", "smallest")]
-    finish(args, rows, [checkpoint, args.out / f"03_{args.sampling}_log.csv"], following)
+    rows = [{"held-out": key[8:], "natural": last[key], f"PGD-{args.steps}": last[f"robust_{key[8:]}"]}
+            for key in last if key.startswith("natural_") and key != "natural_kl"]
+    finish(args, rows, [checkpoint, args.out / f"{name}_log.csv"], following)
 
 if __name__ == "__main__":
     run_chapter(main)

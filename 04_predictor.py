@@ -14,9 +14,13 @@ number measured for one student moves when other images are taken.
 
 reads   01_dynamic_net.pt    the network
         03_progressive.pt    the shared weights (03_random.pt with --sampling random; made first if missing)
+        02_teacher.pt        for 04_widths.csv and the pictures
 writes  04_students.csv      a row per measured student, written at once: genes, natural and robust accuracy, and both
                              on the first half of the images alone; 04_students.pt holds how they were measured
         04_predictions.csv   measured and predicted accuracy of the students that tested the predictor
+        04_report.csv        how far they are apart
+        04_widths.csv        figure 6: the teacher, and students that differ in width (kernel) alone, measured
+        04_pictures.png      some images, what the attack adds (times 16), the sum, and how they are classified
         04_predictor.pt      the predictor; delete it to train another on the same students
         With --sampling random, names end in _random.
 """
@@ -46,7 +50,7 @@ STAGE = {  # flag: (paper, quick, tiny, help)
 }
 
 # ---- The lesson: measure some students, predict the others -----------------------------------------------------------
-MEASURED = ("natural", "robust", "natural_half", "robust_half")  # columns of 04_students.csv after the genes
+MEASURED = ("natural", "robust", "natural_half", "robust_half", "seconds")  # columns of 04_students.csv after the genes
 PREDICTOR_FLAGS = ("test_students", "epochs", "predictor_lr", "hidden_layers", "hidden_width")
 
 def draw_students(net: Net, count: int, seed: int) -> list[tuple]:
@@ -67,12 +71,14 @@ def measure(args, shared: dict[str, Tensor], students: list[tuple], data: dict, 
     images, labels = data["held_out"][:args.images], data["held_out_labels"][:args.images]
     meter = Meter(args, args.students, "students", len(rows))
     for student in students[len(rows):]:
+        start = time.perf_counter()
         predict = calibrated(shared, args.net, student, data["train"][:args.calibration_images])
         meter.mark("calibration")
         natural, robust = judge(predict, images, labels, args.eps / 255, args.step_size / 255, args.steps)
         whole, half = ([right.float().mean().item() for right in (natural[:n], robust[:n])]
                        for n in (args.images, args.images // 2))
-        rows.append({**dict(zip(args.net.genes, student)), **dict(zip(MEASURED, (*whole, *half)))})
+        row = *whole, *half, time.perf_counter() - start
+        rows.append(dict(zip((*args.net.genes, *MEASURED), (*student, *row))))
         if not args.bench:
             write(path, rows)
         meter.lap("natural images and attack", args.images, lambda: f"natural {whole[0]:.3f}, robust {whole[1]:.3f}")
@@ -97,14 +103,19 @@ def train_predictor(args, students: list[tuple], labels: Tensor) -> dict[str, Te
 
 def report(labels: Tensor, halves: Tensor, predicted: Tensor) -> list[dict]:
     """What an RMSE means: a row per target, from labels (N, 2), those on half the images, and test predictions (T, 2).
+    A search needs the order alone: Kendall's tau-b is the share of pairs in the right order less that in the wrong one.
 
     Two labels from other images are compared without measuring twice: the halves are disjoint, their difference has
     twice the variance of that between two labels of all images each.
     """
-    error = (predicted - labels[-len(predicted):]).square().mean(0).sqrt()
+    test = labels[-len(predicted):]
+    error = (predicted - test).square().mean(0).sqrt()
+    real, found = ((part[:, None] - part).sign() for part in (test, predicted))  # (T, T, 2); ties are 0
+    tau = (real * found).sum((0, 1)) / (real.square().sum((0, 1)) * found.square().sum((0, 1))).sqrt()
     moved = (2 * labels - 2 * halves) / 2 ** 0.5  # second half - first half = 2 (whole - first half)
     return [{"target": ("natural", "robust")[i], "RMSE": error[i].item(), "paper": (0.0076, 0.0072)[i],
-             "students' mean": labels[:, i].mean().item(), "students' sd": labels[:, i].std().item(),
+             "tau": tau[i].item(), "students' mean": labels[:, i].mean().item(),
+             "students' sd": labels[:, i].std().item(),
              "moves on other images": moved[:, i].square().mean().sqrt().item(),
              "of that not shared": moved[:, i].std().item()} for i in range(2)]
 
@@ -123,7 +134,7 @@ def read_students(path: Path, net: Net, students: list[tuple]) -> list[dict]:
             values = [float(word) for word in line.split(",")]
         except ValueError as error:
             fail(f"{place} line {number}: {error}")
-        if len(values) != len(header) or not all(0 <= value <= 1 for value in values[len(student):]):
+        if len(values) != len(header) or not all(0 <= value <= 1 for value in values[len(student):-1]):
             fail(f"{place} line {number} does not hold {len(header)} numbers, accuracies between 0 and 1")
         for (gene, choices), value, drawn in zip(net.genes.items(), values, student):
             if value != drawn:
@@ -132,24 +143,52 @@ def read_students(path: Path, net: Net, students: list[tuple]) -> list[dict]:
         rows.append(dict(zip(header, (*student, *values[len(student):]))))
     return rows
 
+def measure_widths(args, shared: dict[str, Tensor], teacher, data: dict) -> list[dict]:
+    """Figure 6: natural and robust accuracy of the teacher and of students that differ in width (kernel) alone."""
+    genes, rows = args.net.genes.items(), []
+    varied = [name for name, _ in genes if name.startswith(("width", "kernel"))]
+    students = {value: canonical(args.net, tuple(value if name in varied else choices[-1] for name, choices in genes))
+                for value in args.net.genes[varied[0]]}
+    images, labels = data["held_out"][:args.images], data["held_out_labels"][:args.images]
+    for name, student in {"teacher": None, **students}.items():
+        predict = calibrated(shared, args.net, student, data["train"][:args.calibration_images]) if student else teacher
+        found = judge(predict, images, labels, args.eps / 255, args.step_size / 255, args.steps)
+        rows.append({"student": name, **{key: right.float().mean().item() for key, right in zip(MEASURED, found)}})
+    return rows
+
+def draw_pictures(args, teacher, student, data: dict) -> bytes:
+    """A PNG: a column for each of 8 held-out images; rows natural, perturbation x 16 around grey, adversarial for the
+    student, each with the answers of teacher and student, green if right."""
+    from torchvision.utils import draw_bounding_boxes, make_grid, save_image
+    names = dict(enumerate(load(data_file(args), {}).get("names", ())))
+    x, y = data["held_out"][:8] / 255, data["held_out_labels"][:8]
+    x_adv = pgd(student, x, lambda logits: F.cross_entropy(logits, y), torch.zeros_like(x), args.eps / 255,
+                args.step_size / 255, args.steps)
+    rows = []
+    for images, judged in ((x, x), (0.5 + 16 * (x_adv - x), None), (x_adv, x_adv)):
+        tiles = F.interpolate(images.clamp(0, 1), scale_factor=4)
+        tiles = list((255 * F.pad(tiles, (0, 0, 0, 0 if judged is None else 36), value=1)).byte().cpu())
+        for who, predict, top in (("T", teacher, 130), ("S", student, 147)) if judged is not None else ():
+            for i, answer in enumerate(predict(judged).argmax(1).tolist()):
+                box, words = torch.tensor([[1, top, 126, top + 15]]), f"{who}: {names.get(answer, answer)}"
+                tiles[i] = draw_bounding_boxes(tiles[i], box, [words], "green" if answer == y[i] else "red")
+        rows.append(make_grid(tiles, 8, pad_value=255))
+    save_image(torch.cat(rows, 1) / 255, buffer := io.BytesIO(), format="png")
+    return buffer.getvalue()
+
 # ---- The dynamic network: genes -> layers -> a slice of the shared weights -> logits ---------------------------------
-# Channels of the stem; stages (width, base depth, stride[, activation, squeeze-and-excitation]); the choices of each
-# kind of gene, smallest first; {gene: its choices} in the order of a genotype. Chapter 1 makes it, the others read it.
-Net = namedtuple("Net", "stem stages depth expand width kernel head stem_stride classes genes switches",
-                 defaults=((), (), (), 1, 10, (), ()))
-# A convolution (a linear layer is a 1x1 one), the weights behind it (batch norm, a bias or none) and its activation.
+# {gene: its choices, smallest first}, in the order of a genotype; what switches each gene on, for canonical(); and for
+# each block of the largest student the places of the genes that it depends on, and {their values: the Block, or None
+# where they switch it off}. Chapter 1 makes it, the others read it.
+Net = namedtuple("Net", "genes switches blocks")
+# A convolution (a linear layer is a 1x1 one; kernel 0: none), the weights behind it (batch norm, a bias or none) and
+# its activation.
 BN = ("bn.weight", "bn.bias")
-BIAS = ("conv.bias",)
 Layer = namedtuple("Layer", "name inp out kernel stride groups tail act", defaults=(1, 1, 1, BN, "relu"))
 # act(main(x) + shortcut(x)): shortcut None is none, () the identity. gate, squeeze-and-excitation, scales what the last
 # layer of main reads. pool: global average pooling first.
 Block = namedtuple("Block", "main shortcut gate act pool", defaults=(None, (), "none", False))
 ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu_, "hswish": F.hardswish, "hsigmoid": F.hardsigmoid}
-
-def divisible(channels: float) -> int:
-    """The nearest multiple of 8 that is at least 8 and not below 90% of `channels`."""
-    rounded = max(8, int(channels + 4) // 8 * 8)
-    return rounded + 8 if rounded < 0.9 * channels else rounded
 
 def canonical(net: Net, student: tuple) -> tuple:
     """The one genotype of a student: genes of blocks that its depth genes switch off are 0. A switch is the place of a
@@ -165,47 +204,10 @@ def sample(net: Net, rng: random.Random, kinds: tuple = ("depth", "width", "kern
     return canonical(net, tuple(rng.choice(choices) if name.split("_")[0] in kinds else choices[-1]
                                 for name, choices in net.genes.items()))
 
-@functools.lru_cache(maxsize=None)
-def residual(resnet: bool, name: str, inp: int, out: int, kernel: int, expand: float, stride: int, act="", gated=False):
-    """ResNet's block (1x1 down, 3x3, 1x1 up; the first of a stage pools and projects its shortcut) or MobileNet's (1x1
-    up, depthwise, gate, 1x1 down; its shortcut is there where the shape is kept)."""
-    middle = divisible(round((out if resnet else inp) * expand))
-    main = (Layer(f"{name}_reduce", inp, middle, act=act or "relu"),
-            Layer(f"{name}_middle", middle, middle, kernel, stride, 1 if resnet else middle, act=act or "relu"),
-            Layer(f"{name}_last", middle, out, act="none"))
-    if resnet:
-        return Block(main, (Layer(f"{name}_shortcut", inp, out, act="none"),) * name.endswith("_1"), act="relu")
-    squeezed = divisible(middle // 4)
-    gate = (Layer(f"{name}_squeeze", middle, squeezed, tail=BIAS),
-            Layer(f"{name}_excite", squeezed, middle, tail=BIAS, act="hsigmoid"))
-    return Block(main[expand == 1:], () if stride == 1 and inp == out else None, gate if gated else ())
-
 def blocks_of(net: Net, student: tuple) -> tuple[Block, ...]:
     """The student's network, from the input image to the logits."""
-    gene = dict(zip(net.genes, student))
-    if net.width:
-        inp = divisible(net.stem * gene["width_stem"])
-        middle = divisible(divisible(net.stem * gene["width_mid"]) // 2)
-        blocks = [Block((Layer("stem_1", 3, middle, 3, net.stem_stride),)),
-                  Block((Layer("stem_2", middle, middle, 3),), shortcut=()), Block((Layer("stem_3", middle, inp, 3),))]
-        if gene["depth_stem"] < net.depth[-1]:
-            del blocks[1]
-    else:
-        inp = net.stem
-        blocks = [Block((Layer("stem", 3, inp, 3, net.stem_stride, act="hswish"),)),
-                  residual(False, "0_1", inp, inp, 3, 1, 1)]
-    for s, (width, base_depth, stride, *act_and_gate) in enumerate(net.stages, 1):
-        out = divisible(width * gene[f"width_{s}"]) if net.width else width
-        for b in range(1, base_depth + gene[f"depth_{s}"] + 1):
-            kernel, expand = gene[f"kernel_{s}_{b}"] if net.kernel else 3, gene[f"expand_{s}_{b}"]
-            blocks.append(residual(net.width != (), f"{s}_{b}", inp, out, kernel, expand, stride if b == 1 else 1,
-                                   *act_and_gate))
-            inp = out
-    if net.head:
-        blocks += [Block((Layer("head_1", inp, net.head[0], act="hswish"),)),
-                   Block((Layer("head_2", *net.head, tail=(), act="hswish"),), pool=True)]
-        inp = net.head[1]
-    return (*blocks, Block((Layer("classifier", inp, net.classes, tail=BIAS, act="none"),), pool=True))
+    found = [variants[tuple([student[place] for place in places])] for places, variants in net.blocks]
+    return tuple([block for block in found if block])
 
 def layers(blocks: tuple) -> list[Layer]:
     """All layers of a network."""
@@ -216,12 +218,13 @@ def slice_weights(shared: dict[str, Tensor], blocks: tuple, dtype: torch.dtype |
     channels last (1.2 times as fast as channels first), and in `dtype`, if given."""
     weights = {}
     for layer in layers(blocks):
-        weight = shared[f"{layer.name}.conv.weight"][:layer.out, :layer.inp // layer.groups]
-        while weight.shape[-1] > layer.kernel:  # 7x7 -> 5x5 -> 3x3, each by the layer's own learned matrix
-            k = weight.shape[-1] - 2
-            centre = weight[:, :, 1:-1, 1:-1].reshape(-1, k * k)
-            weight = (centre @ shared[f"{layer.name}.to{k}"]).view(layer.out, 1, k, k)
-        weights[f"{layer.name}.conv.weight"] = weight.contiguous(memory_format=torch.channels_last)
+        if layer.kernel:
+            weight = shared[f"{layer.name}.conv.weight"][:layer.out, :layer.inp // layer.groups]
+            while weight.shape[-1] > layer.kernel:  # 7x7 -> 5x5 -> 3x3, each by the layer's own learned matrix
+                k = weight.shape[-1] - 2
+                centre = weight[:, :, 1:-1, 1:-1].reshape(-1, k * k)
+                weight = (centre @ shared[f"{layer.name}.to{k}"]).view(layer.out, 1, k, k)
+            weights[f"{layer.name}.conv.weight"] = weight.contiguous(memory_format=torch.channels_last)
         weights |= {f"{layer.name}.{part}": shared[f"{layer.name}.{part}"][:layer.out] for part in layer.tail}
     if dtype:
         weights = {name: weight.to(dtype) if ".conv." in name else weight for name, weight in weights.items()}
@@ -238,7 +241,7 @@ def walk(blocks: tuple, x: Tensor, run) -> Tensor:
             y = y * run(excite, run(squeeze, y.mean((2, 3), keepdim=True)))
         y = run(block.main[-1], y)
         if block.shortcut:
-            x = run(block.shortcut[0], F.avg_pool2d(x, x.shape[-1] // y.shape[-1]))
+            x = run(block.shortcut[0], F.avg_pool2d(x, x.shape[-1] // y.shape[-1] // block.shortcut[0].stride))
         x = ACTIVATIONS[block.act](y if block.shortcut is None else y + x)
     return x.flatten(1)
 
@@ -248,8 +251,9 @@ def forward(weights: dict, blocks: tuple, x: Tensor, stats: dict | None = None, 
     batch's again, while `stats` are updated in place (calibration). In bf16 are convolutions alone."""
     def run(layer, x):
         conv, bn = f"{layer.name}.conv", f"{layer.name}.bn"
-        x = F.conv2d(x, weights[f"{conv}.weight"], weights.get(f"{conv}.bias"), layer.stride, layer.kernel // 2, 1,
-                     layer.groups)
+        if layer.kernel:
+            x = F.conv2d(x, weights[f"{conv}.weight"], weights.get(f"{conv}.bias"), layer.stride, layer.kernel // 2, 1,
+                         layer.groups)
         if layer.tail == BN:
             mean, var = stats[layer.name] if stats else (None, None)
             x = F.batch_norm(x, mean, var, weights[f"{bn}.weight"], weights[f"{bn}.bias"], not stats or momentum > 0,
@@ -330,8 +334,7 @@ def data_file(args) -> Path:
     """The cache of --dataset's images, which chapter 1 writes; another one when a folder gains or loses files."""
     mark = f"-{args.seed}" if args.dataset == "toy" else ""
     if args.dataset not in ("cifar10", "cifar100", "toy"):
-        folders = [folder for folder in sorted(Path(args.dataset).resolve().glob("t*/*")) if folder.is_dir()]
-        found = [(str(folder), folder.stat().st_mtime_ns) for folder in folders]
+        found = [(str(path), path.stat().st_mtime_ns) for path in sorted(Path(args.dataset).resolve().glob("t*/*/"))]
         mark = f"-{zlib.crc32(repr(found).encode()):08x}"
     return args.data_dir / f"{args.name}{mark}.pt"
 
@@ -355,21 +358,18 @@ BENCH = {"action": "store_true", "help": "time a few iterations, say where the t
 class Meter:
     """Counts iterations (or students) and says, every 10 seconds, how long the rest will take. With --bench it times
     them, part by part: 8 under PyTorch's FLOP counter, which warm up too, then 8 more; then the program ends."""
-
     def __init__(self, args, total: int, unit: str, done: int):
         self.args, self.total, self.unit, self.first, self.done = args, total, unit, done, done
         self.start = self.said = self.last = time.perf_counter()
         self.parts, self.laps, self.counter = {}, [], FlopCounterMode(display=False)
         if args.bench:
             self.counter.__enter__()
-
     def mark(self, part: str):
         """With --bench: the time since the last mark went into this part. Without, nothing waits for the device."""
         if self.args.bench:
             if self.args.device.type == "cuda":
                 torch.cuda.synchronize()
             self.parts[part], self.last = time.perf_counter() - self.last, time.perf_counter()
-
     def lap(self, part: str, images: int, say):
         """`part` was the last of one over so many images. `say` is called, and waits for the device, when it is due."""
         self.mark(part)
@@ -384,19 +384,18 @@ class Meter:
             minutes = (now - self.start) / (self.done - self.first) * (self.total - self.done) / 60
             print(f"  {self.done}/{self.total} {self.unit}  {say()}  {minutes:.1f} minutes left", flush=True)
             self.said = now
-
     def report(self, images: int, laps: list[dict]):
         """Where the time of a median lap goes, how fast it is beside a matrix product, and what the whole run takes."""
-        on_gpu, precision = self.args.device.type == "cuda", getattr(self.args, "precision", "fp32")
-        matrix = torch.rand([8192 if on_gpu else 1024] * 2, device=self.args.device)
-        matrix = matrix.bfloat16() if precision == "bf16" else matrix
-        peak = 2 * len(matrix) ** 3 / min(timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=20))
+        on_gpu = self.args.device.type == "cuda"
+        dtype, side = getattr(self.args, "dtype", torch.float32), 8192 if on_gpu else 1024
+        matrix = torch.rand(side, side, device=self.args.device, dtype=dtype)
+        peak = 2 * side ** 3 / min(timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=20))
         rate = self.counter.get_total_flops() / sum(sum(lap.values()) for lap in laps)
         lap = {part: torch.tensor([lap[part] for lap in laps]).median().item() for part in laps[0]}
         whole = torch.tensor([sum(lap.values()) for lap in laps]).median().item()
         finish(self.args, [{"part": name, "ms": 1e3 * s, "share": f"{s / whole:.0%}"} for name, s in lap.items()])
         memory = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(0).ru_maxrss
-        print(f"{images / whole:.4g} images/s, {60 / whole:.4g} {self.unit}/minute on {self.args.device}, {precision}; "
+        print(f"{images / whole:.4g} images/s, {60 / whole:.4g} {self.unit}/minute on {self.args.device}, {dtype}; "
               f"{rate / 1e12:.3g} TFLOP/s, {rate / peak:.0%} of a matrix product's here\n"
               f"memory {memory / 2 ** 30:.3g} GiB at most; {self.total} {self.unit}: {self.total * whole / 3600:.3g} h")
         raise SystemExit
@@ -415,8 +414,7 @@ def write(path: Path, content):
         torch.save(content, buffer := io.BytesIO())  # not to the file: a full disk would not be an OSError
         content = buffer.getvalue()
     elif isinstance(content, list):
-        columns = max(content, key=len)
-        lines = [columns, *([row.get(column, "") for column in columns] for row in content)]
+        lines = [columns := max(content, key=len), *([row.get(column, "") for column in columns] for row in content)]
         content = "".join(",".join(map(str, line)) + "\n" for line in lines).encode()
     try:
         with open(temporary, "wb") as file:
@@ -447,11 +445,16 @@ def read_net(args) -> dict[str, Tensor]:
     """The untrained weights of chapter 1; sets args.net, and args.shapes, {name: shape} of all shared weights."""
     path = need(args, args.out / "01_dynamic_net.pt", "01_dynamic_net.py")
     content = load(path, args.common)
+    def block(main, shortcut, gate, act, pool):
+        return Block(*(part and tuple(Layer(*layer) for layer in part) for part in (main, shortcut, gate)), act, pool)
     try:
-        args.net, args.shapes = Net(*content["net"]), {name: part.shape for name, part in content["weights"].items()}
+        genes, switches, tables = content["net"]
+        args.net = Net(genes, switches, [(places, {values: found and block(*found) for values, found in table.items()})
+                                         for places, table in tables])
+        args.shapes = {name: part.shape for name, part in content["weights"].items()}
         for layer in layers(blocks_of(args.net, student_at(args.net, -1))):
             layer_shape = layer.out, layer.inp // layer.groups, layer.kernel, layer.kernel
-            assert args.shapes[f"{layer.name}.conv.weight"] == layer_shape
+            assert not layer.kernel or args.shapes[f"{layer.name}.conv.weight"] == layer_shape
     except Exception:  # many kinds, of a file that is not chapter 1's
         fail(f"{path} does not hold a network: delete it to have it made anew")
     return content["weights"]
@@ -477,7 +480,7 @@ def read_flags(stage: dict, **others: dict) -> argparse.Namespace:
     parser.error = fail
     common = {"dataset": {"default": "cifar10", "metavar": "cifar10|cifar100|toy|PATH",
                           "help": "PATH: a folder with train/<class>/* and test/<class>/* images"},
-              "net": {"default": "resnet50", "metavar": "resnet50|mbv3"},
+              "net": {"default": "resnet50", "metavar": "resnet50|mbv3|wrn34_10"},
               "preset": {"choices": ("paper", "quick", "tiny"), "help": "default: paper, for toy tiny"},
               "out": {"type": Path, "help": "folder of all chapters' files (default: runs/<dataset>-<net>)"},
               "data_dir": {"type": Path, "default": Path("data"), "help": "folder of the cached images"},
@@ -502,8 +505,8 @@ def read_flags(stage: dict, **others: dict) -> argparse.Namespace:
     args.name = Path(args.dataset).resolve().name
     args.out = args.out or Path("runs", f"{args.name}-{args.net}")
     args.common = {"dataset": data_file(args).stem, "net": args.net, "preset": args.preset}
-    chosen = {name: getattr(args, name) for name in (*stage, *others) if name not in ("bench", "save_every")}
-    args.settings = {**args.common, "seed": args.seed, **chosen}
+    kept = {key: getattr(args, key) for key in stage | others if key not in ("bench", "judge", "figures", "save_every")}
+    args.settings = {**args.common, "seed": args.seed, **kept}
     try:
         args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=args.device)
@@ -577,10 +580,19 @@ def main():
              "predicted_natural": natural, "predicted_robust": robust}
             for student, row, (natural, robust) in zip(test, rows[-args.test_students:], predicted.tolist())]
     write(args.out / f"04_predictions{suffix}.csv", rows)
+    write(args.out / f"04_report{suffix}.csv", found := report(labels[:, :2], labels[:, 2:4], predicted))
+    files = [checkpoint, *(args.out / f"04_{name}{suffix}.csv" for name in ("students", "predictions", "report"))]
+    if (path := args.out / "02_teacher.pt").exists():
+        weights = {name: w.to(args.device) for name, w in load(path, args.common, args.shapes)["weights"].items()}
+        images = data["train"][:args.calibration_images]
+        teacher, student = (calibrated(part, args.net, student_at(args.net, place), images)
+                            for part, place in ((weights, -1), (shared, 1)))
+        files += [args.out / f"04_widths{suffix}.csv", args.out / f"04_pictures{suffix}.png"]
+        write(files[-2], measure_widths(args, shared, teacher, data))
+        write(files[-1], draw_pictures(args, teacher, student, data))
     write(checkpoint, {"settings": args.settings, "weights": predictor})
     print(f"RMSE on {len(test)} students that were not used in training; all numbers are shares of 1:")
-    files = [table, args.out / f"04_predictions{suffix}.csv", checkpoint]
-    finish(args, report(labels[:, :2], labels[:, 2:], predicted), files, following)
+    finish(args, found, files, following)
 
 if __name__ == "__main__":
     run_chapter(main)

@@ -222,8 +222,8 @@ def test_chapters_are_self_contained_and_share_only_equal_text():
 def test_counts_of_the_released_networks(line):
     name, classes, depths, others, expands, params, macs = line.split()
     net = c1.make_net(name, "paper", int(classes))
-    others = [net.width[int(i)] for i in others] if net.width else list(map(int, others))
-    student = (*map(int, depths), *others, *(net.expand[int(i)] for i in expands))
+    others = [net.genes["width_1"][int(i)] for i in others] if name == "resnet50" else list(map(int, others))
+    student = (*map(int, depths), *others, *(net.genes["expand_1_1"][int(i)] for i in expands))
     assert c1.cost(net, c1.canonical(net, student)) == (int(params), int(macs))
 
 
@@ -372,7 +372,7 @@ def textbook(shared, blocks):
         while weight.shape[-1] > layer.kernel:
             k = weight.shape[-1] - 2
             weight = (weight[:, :, 1:-1, 1:-1].flatten(1) @ shared[f"{layer.name}.to{k}"]).view(-1, 1, k, k)
-        bias = shared[f"{layer.name}.conv.bias"][:layer.out] if layer.tail == c3.BIAS else None
+        bias = shared[f"{layer.name}.conv.bias"][:layer.out] if layer.tail == c1.BIAS else None
         x = F.conv2d(x, weight, bias, layer.stride, layer.kernel // 2, groups=layer.groups)
         if layer.tail == c3.BN:
             scale, shift = (shared[f"{layer.name}.{part}"][:layer.out] for part in c3.BN)
@@ -500,7 +500,7 @@ def test_robust_accuracy_counts_images_right_before_and_after_the_attack():
         if natural[i] and not robust[i]:
             drop = [2 / 255 * (matrix[:, j] - matrix[:, labels[i]]).abs().sum() for j in range(3)]
             assert any(margins[i, j] + drop[j] >= margins[i, labels[i]] for j in range(3) if j != labels[i])
-    fgsm = c5.judge(predict, images, labels, 2 / 255, 2 / 255, 1)[1]
+    fgsm = c4.judge(predict, images, labels, 2 / 255, 2 / 255, 1)[1]
     assert robust.sum() <= fgsm.sum() <= natural.sum()
 
 
@@ -530,9 +530,9 @@ def test_bf16_is_for_convolutions_alone(net):
     assert error < 0.01
     logits.square().sum().backward()
     assert all(weight.grad is None or weight.grad.dtype == torch.float32 for weight in shared.values())
-    args = SimpleNamespace(precision=None, settings={}, device=torch.device("cuda"), net=net)
+    args = SimpleNamespace(precision=None, settings={}, device=torch.device("cuda"), common={"net": "mbv3"}, preset="tiny")
     assert c3.conv_dtype(args) == torch.bfloat16 and args.settings == {"precision": "bf16"}
-    args = SimpleNamespace(precision=None, settings={}, device=torch.device("cpu"), net=net)
+    args = SimpleNamespace(**vars(args) | {"precision": None, "device": torch.device("cpu")})
     assert c3.conv_dtype(args) == torch.float32 and args.precision == "fp32"  # small networks gain nothing on a CPU
 
 
@@ -549,10 +549,10 @@ def test_augmentation_is_a_crop_and_a_flip_of_each_image_its_own():
 
 
 def test_toy_is_not_for_linear_classifiers():
-    images, labels = c1.toy_images(3000, SEED)
+    images, labels, names = c1.toy_images(3000, SEED)
     assert torch.equal(images, c1.toy_images(3000, SEED)[0])
     assert not torch.equal(images, c1.toy_images(3000, SEED + 1)[0])
-    assert images.shape == (3000, 3, 32, 32) and labels.unique().tolist() == list(range(10))
+    assert images.shape == (3000, 3, 32, 32) and labels.unique().tolist() == list(range(len(names)))
     x = torch.cat([images.flatten(1) / 255, torch.ones(3000, 1)], 1)
     train, test = x[:2400], x[2400:]
     dual = torch.linalg.solve(train @ train.T + 10 * torch.eye(2400), F.one_hot(labels[:2400]).float())  # ridge
@@ -645,7 +645,7 @@ def test_a_child_takes_its_genes_from_its_parents():
 @pytest.mark.parametrize("net", NETS, ids=["-".join(key) for key in c1.NETWORKS])
 def test_the_searchs_macs_are_the_counted_ones(net):
     macs_of = c5.macs_counter(net)
-    assert all(macs_of(student) == c5.cost(net, student)[1] for student in students_of(net, 200))
+    assert all(macs_of(student) == c1.cost(net, student)[1] for student in students_of(net, 200))
 
 
 def test_nsga2_reaches_the_true_front_and_keeps_the_budget():
@@ -655,7 +655,7 @@ def test_nsga2_reaches_the_true_front_and_keeps_the_budget():
     effect[:, 1] -= 2 * effect[:, 0]  # what is good for one objective is mostly bad for the other
 
     def evaluate(students):
-        macs = np.array([c5.cost(net, student)[1] / 1e6 for student in students])
+        macs = np.array([c1.cost(net, student)[1] / 1e6 for student in students])
         return c5.one_hot(net, students).numpy() @ effect, (macs - 1.1).clip(min=0)
     objectives, violation = evaluate(everyone)
     true = [i for i in range(len(everyone)) if violation[i] == 0 and not any(
@@ -669,7 +669,7 @@ def test_nsga2_reaches_the_true_front_and_keeps_the_budget():
     assert set(first[0]) != set(students) and len(set(first[0]) & front) < len(front)  # it was not there from the start
 
     def tightest(students):  # the smallest student's budget: it is the one answer
-        return evaluate(students)[0], np.array([c5.cost(net, student)[1] - 624128 for student in students]).clip(0)
+        return evaluate(students)[0], np.array([c1.cost(net, student)[1] - 624128 for student in students]).clip(0)
     assert c5.nsga2(net, tightest, 20, 3, 0.1, SEED)[1][0][0] == c5.student_at(net, 0)
 
 
@@ -681,9 +681,11 @@ def chain(request, chains):
 
 def test_the_chain_runs_and_each_stage_says_what_comes_next(chain):
     name, out, printed = chain
-    names = {"01_dynamic_net.pt", "01_students.csv", "02_teacher.pt", "02_log.csv", "03_progressive.pt",
+    names = {"01_dynamic_net.pt", "01_students.csv", "02_teacher.pt", "02_teacher_log.csv", "03_progressive.pt",
              "03_progressive_log.csv", "04_students.csv", "04_students.pt", "04_predictions.csv", "04_predictor.pt",
-             "05_population.csv", "05_front.csv", "05_best.csv", "05_search.pt", "05_student.pt2"}
+             "04_report.csv", "04_widths.csv", "04_pictures.png", "05_population.csv", "05_front.csv", "05_best.csv",
+             "05_search.pt", "05_student.pt2", "02_table1.csv", "02_teacher_log.svg", "03_progressive_log.svg",
+             "04_students.svg", "04_widths.svg", "04_predictions.svg", "05_population.svg"}
     assert {path.name for path in out.iterdir()} == names | {".lock"}
     for script in CHAPTERS[2:]:
         assert f"next: python {script}.py" in printed
@@ -698,7 +700,7 @@ def test_the_teacher_and_the_students_are_robust(chain):
     name, out, _ = chain
     net = c1.make_net(name, "tiny", 10)
     teacher = torch.load(out / "02_teacher.pt", weights_only=True)
-    log = rows_of(out / "02_log.csv")
+    log = rows_of(out / "02_teacher_log.csv")
     assert len(log) == 5 and float(log[-1]["loss"]) < float(log[0]["loss"])
     assert teacher["robust"] == max(float(row["robust"]) for row in log)
     assert teacher["natural"] > teacher["robust"] > 0.25  # chance is 0.1
@@ -715,12 +717,17 @@ def test_the_teacher_and_the_students_are_robust(chain):
 def test_the_search_keeps_its_budget_and_judges_for_real(chain):
     name, out, _ = chain
     net = c1.make_net(name, "tiny", 10)
-    largest, best = rows_of(out / "05_best.csv")
-    assert int(best["macs"]) <= 1e6 * float(rows_of(out / "05_front.csv")[0]["max_macs"]) < int(largest["macs"])
+    teacher, largest, judged = rows_of(out / "02_table1.csv")
+    best, = rows_of(out / "05_best.csv")
+    assert [row["method"] for row in (teacher, largest, judged)] == ["TRADES", "ProARD", "ProARD"]
+    assert teacher["params"] == largest["params"] and teacher["natural"] != largest["natural"]
+    assert int(best["macs"]) <= 1e6 * float(best["max_macs"]) < int(largest["macs"])
     student = tuple(next(choice for choice in (0, *choices) if choice == float(best[gene]))
                     for gene, choices in net.genes.items())
-    assert c1.cost(net, student) == (int(best["params"]), int(best["macs"]))
-    assert float(best["natural"]) > float(best["fgsm"]) >= float(best["pgd20"]) - 0.02 > 0.1
+    assert c1.cost(net, student) == (int(judged["params"]), int(judged["macs"])) and judged["macs"] == best["macs"]
+    assert float(judged["natural"]) > float(judged["fgsm"]) >= float(judged["pgd20"]) - 0.02 > 0.1
+    assert best["student"] == judged["student"] and best in [
+        {"student": best["student"], "seconds": best["seconds"], **row} for row in rows_of(out / "05_front.csv")]
     assert {row["generation"] for row in rows_of(out / "05_population.csv")} == {"first", "last"}
 
 
@@ -733,7 +740,7 @@ def test_the_exported_student_needs_none_of_this_code(chain, tmp_path):
     shutil.copy(out / "05_student.pt2", tmp_path / "student.pt2")
     accuracy, classes = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, text=True,
                                        stdout=subprocess.PIPE, env=ONE_THREAD).stdout.split()
-    assert abs(float(accuracy) - float(rows_of(out / "05_best.csv")[1]["natural"])) < 0.005 and classes == "10"
+    assert abs(float(accuracy) - float(rows_of(out / "02_table1.csv")[2]["natural"])) < 0.005 and classes == "10"
 
 
 def test_a_folder_of_images(images, tmp_path):
@@ -750,7 +757,7 @@ QUICK = {  # every chapter in seconds, on the folder of three classes
     "02_teacher_trades": [*SMALL, 3],
     "03_progressive_rslad": [*SMALL, 2, "--val-every", 1],
     "04_predictor": ["--students", 12, "--test-students", 4, "--images", 18, "--steps", 4, "--calibration-images", 60],
-    "05_nsga2": ["--population", 10, "--generations", 3, "--steps", 3, "--calibration-images", 60],
+    "05_nsga2": ["--population", 10, "--generations", 3],
 }
 
 
@@ -827,13 +834,15 @@ def test_killed_at_any_moment(images, finished, tmp_path):
 def test_a_run_that_is_stopped_inside_an_epoch(images, finished, tmp_path, script):
     root = finished[0]
     shutil.copytree(root / "stopped", tmp_path / "run", ignore=lambda _, names: [
-        name for name in names if name[0] == "0" and name[:2] >= script[:2] and not name.endswith("_state.pt")])
+        name for name in names if name[0] == "0" and (name[:2] >= script[:2] or "table1" in name)
+        and not name.endswith("_state.pt")])
     os.symlink(root / "data", tmp_path / "data")
     words = ["--dataset", images, "--preset", "tiny", "--out", "run", *QUICK[script]]
     assert "after iteration 7" in run(tmp_path, script, *words)  # the eighth was not saved
     found, expected = contents(tmp_path / "run"), contents(root / "run")
-    assert all(found[name] == expected[name] for name in expected if name[:2] == script[:2])
-    assert not (tmp_path / f"run/{script[:2]}_state.pt").exists()
+    made = [name for name in expected if name[:2] == script[:2] and name[-3:] in (".pt", "csv") and "table1" not in name]
+    assert len(made) == 2 and all(found[name] == expected[name] for name in made)
+    assert not list((tmp_path / "run").glob(f"{script[:2]}*_state.pt"))
 
 
 def test_another_seed_gives_other_files(images, finished, tmp_path):
@@ -865,7 +874,7 @@ def test_two_runs_in_one_folder(images, tmp_path):
 def test_a_full_disk_leaves_the_checkpoint_before(images, tmp_path):
     words = ["--dataset", images, "--preset", "tiny", *SMALL, 3, "--out", "runs", "--save-every", 1e-9]
     run(tmp_path, "01_dynamic_net", *words[:4], "--out", "runs")
-    state, written = tmp_path / "runs/02_state.pt", []
+    state, written = tmp_path / "runs/02_teacher_state.pt", []
 
     def limited(path, content):
         written.append(path)
@@ -907,15 +916,15 @@ def judged(chains):
     out = chains("resnet50")[0]
     data = torch.load(out.parent.parent / f"data/toy-{SEED}.pt", weights_only=True)
     shared = torch.load(out / "03_progressive.pt", weights_only=True)["weights"]
-    predict = c5.calibrated(shared, TINY[0], c5.student_at(TINY[0], 1), data["train"][:500])
+    predict = c4.calibrated(shared, TINY[0], c5.student_at(TINY[0], 1), data["train"][:500])
     return predict, data["test"][:200], data["test_labels"][:200]
 
 
 def test_robust_accuracy_is_no_artefact(judged):
     def robust(eps, step_size, steps):
-        return c5.judge(*judged, eps, step_size, steps)[1].float().mean().item()
+        return c4.judge(*judged, eps, step_size, steps)[1].float().mean().item()
     eps = 8 / 255
-    natural = c5.judge(*judged, eps, eps, 1)[0].float().mean().item()
+    natural = c4.judge(*judged, eps, eps, 1)[0].float().mean().item()
     predict, images, labels = judged
     noise = eps * (2 * torch.rand(images.shape, generator=torch.Generator().manual_seed(0)).round() - 1)
     with torch.no_grad():
@@ -935,7 +944,7 @@ def test_the_attacks_gradient_agrees_with_finite_differences(judged):
     stats = {name: tuple(part.double() for part in pair) for name, pair in predict.keywords["stats"].items()}
 
     def loss(x):
-        return F.cross_entropy(c5.forward(weights, blocks, x, stats), labels[:8], reduction="sum")
+        return F.cross_entropy(c4.forward(weights, blocks, x, stats), labels[:8], reduction="sum")
     x = (images[:8] / 255).double().requires_grad_()
     gradient, = torch.autograd.grad(loss(x), x)
     torch.manual_seed(SEED)
@@ -949,10 +958,10 @@ def test_the_attacks_gradient_agrees_with_finite_differences(judged):
 def test_an_image_is_judged_alike_in_any_batch_and_order(judged):
     predict, images, labels = judged
     attack = 8 / 255, 2 / 255, 10
-    natural, robust = c5.judge(predict, images, labels, *attack)
+    natural, robust = c4.judge(predict, images, labels, *attack)
     order = torch.randperm(200, generator=torch.Generator().manual_seed(SEED))
     for batch in (7, 64):
-        ours = c5.judge(predict, images[order], labels[order], *attack, batch=batch)
+        ours = c4.judge(predict, images[order], labels[order], *attack, batch=batch)
         assert torch.equal(ours[0], natural[order]) and torch.equal(ours[1], robust[order])
 
 
@@ -964,7 +973,7 @@ def test_what_is_attacked_is_what_is_judged(judged):
     def watched(x):
         seen.append(x.requires_grad)
         return predict(x)
-    c5.judge(watched, images[:50], labels[:50], 8 / 255, 2 / 255, 3)
+    c4.judge(watched, images[:50], labels[:50], 8 / 255, 2 / 255, 3)
     assert seen == [False, True, True, True, False]  # one function, with its frozen statistics, for all of it
     assert all(torch.equal(a, b) for name in stats for a, b in zip(stats[name], predict.keywords["stats"][name]))
 
@@ -978,7 +987,7 @@ def copy_of(out, tmp_path, *without):
 
 
 @pytest.mark.parametrize("words, says", [
-    (["--net", "vgg"], "--net vgg: choose from mbv3, resnet50"),
+    (["--net", "vgg"], "--net vgg: choose from mbv3, resnet50, wrn34_10"),
     (["--dataset", "nowhere"], "cifar10, cifar100 or toy, nor a folder with train/ and test/ (train and test missing)"),
     (["--device", "cuda:99"], "no such device"),
     (["--device", "gpu"], "no such device"),
@@ -1054,7 +1063,7 @@ WEIGHTS = {"no weights": resave(weights={}), "a list": resave(weights=[1, 2]), "
 DATA = {"no test": resave(test=None), "labels": resave(train_labels=lambda labels: labels + 3),
         "images": resave(held_out=lambda images: images.float()), "sizes": resave(test=lambda images: images[:, :, 1:]),
         "lengths": resave(train_labels=lambda labels: labels[1:])}
-NET = {"no net": resave(net=None), "another net": resave(net=lambda net: (net[0] * 2, *net[1:]))}
+NET = {"no net": resave(net=None), "another net": resave(net=lambda net: (*net[:2], net[2][:-1]))}
 TABLE = {"a column": lambda path: edit_row(path, 0, "robust", "sturdy"),
          "a word": lambda path: edit_row(path, 5, "natural", "high"), "nan": lambda path: edit_row(path, 3, "natural", "nan"),
          "code": lambda path: edit_row(path, 3, "natural", "__import__('os').system('touch hacked')"),
@@ -1065,7 +1074,7 @@ TABLE = {"a column": lambda path: edit_row(path, 0, "robust", "sturdy"),
 SWEEP = [(script, file, name) for script, file, kinds in [
     ("01_dynamic_net", "data", ANY_FILE | DATA), ("01_dynamic_net", "01_dynamic_net.pt", ANY_FILE | SETTINGS | WEIGHTS),
     ("02_teacher_trades", "data", ANY_FILE | DATA), ("02_teacher_trades", "01_dynamic_net.pt", ANY_FILE | SETTINGS | NET),
-    ("02_teacher_trades", "02_state.pt", ANY_FILE | SETTINGS | WEIGHTS),
+    ("02_teacher_trades", "02_teacher_state.pt", ANY_FILE | SETTINGS | WEIGHTS),
     ("02_teacher_trades", "02_teacher.pt", ANY_FILE | SETTINGS | WEIGHTS),
     ("03_progressive_rslad", "01_dynamic_net.pt", ANY_FILE | SETTINGS | NET),
     ("03_progressive_rslad", "02_teacher.pt", ANY_FILE | SETTINGS | WEIGHTS),
@@ -1075,7 +1084,6 @@ SWEEP = [(script, file, name) for script, file, kinds in [
     ("04_predictor", "03_progressive.pt", ANY_FILE | SETTINGS | WEIGHTS),
     ("04_predictor", "04_students.csv", TABLE), ("04_predictor", "04_students.pt", ANY_FILE | SETTINGS),
     ("04_predictor", "04_predictor.pt", ANY_FILE | SETTINGS), ("05_nsga2", "01_dynamic_net.pt", ANY_FILE | SETTINGS | NET),
-    ("05_nsga2", "03_progressive.pt", ANY_FILE | SETTINGS | WEIGHTS),
     ("05_nsga2", "04_predictor.pt", ANY_FILE | SETTINGS | WEIGHTS), ("05_nsga2", "05_search.pt", ANY_FILE | SETTINGS)]
     for name in kinds]
 
@@ -1088,7 +1096,7 @@ def test_bad_files(images, finished, tmp_path, script, file):
     for name in [name for *case, name in SWEEP if case == [script, file]]:
         folder = tmp_path / name
         shutil.copytree(finished[0] / "stopped", folder / "run", ignore=shutil.ignore_patterns(
-            ".lock", *({done, "02_state.pt", "03_progressive_state.pt"} - {file})))
+            ".lock", *({done, "02_teacher_state.pt", "03_progressive_state.pt"} - {file})))
         shutil.copytree(finished[0] / "data", folder / "data")
         path = next((folder / "data").glob("*.pt")) if file == "data" else folder / "run" / file
         {**ANY_FILE, **SETTINGS, **WEIGHTS, **DATA, **NET, **(TABLE if file.endswith(".csv") else {})}[name](path)
@@ -1219,7 +1227,7 @@ def bench_search(name):
     net = c1.make_net(name, "paper", 10)
     torch.manual_seed(0)
     predictor = {key: torch.randn(shape) * 0.05 for key, shape in c5.predictor_shapes(net, 6, 400).items()}
-    budget, threads = c5.cost(net, c5.student_at(net, 1))[1], torch.get_num_threads()
+    budget, threads = c1.cost(net, c5.student_at(net, 1))[1], torch.get_num_threads()
 
     def seconds(population, generations):
         macs_of = c5.macs_counter(net)

@@ -452,9 +452,9 @@ def read_net(args) -> dict[str, Tensor]:
         args.net = Net(genes, switches, [(places, {values: found and block(*found) for values, found in table.items()})
                                          for places, table in tables])
         args.shapes = {name: part.shape for name, part in content["weights"].items()}
-        for layer in layers(blocks_of(args.net, student_at(args.net, -1))):
-            layer_shape = layer.out, layer.inp // layer.groups, layer.kernel, layer.kernel
-            assert not layer.kernel or args.shapes[f"{layer.name}.conv.weight"] == layer_shape
+        wanted = {f"{layer.name}.conv.weight": (layer.out, layer.inp // layer.groups, layer.kernel, layer.kernel)
+                  for layer in layers(blocks_of(args.net, student_at(args.net, -1))) if layer.kernel}
+        assert wanted == {name: shape for name, shape in args.shapes.items() if name.endswith("conv.weight")}
     except Exception:  # many kinds, of a file that is not chapter 1's
         fail(f"{path} does not hold a network: delete it to have it made anew")
     return content["weights"]

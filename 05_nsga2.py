@@ -408,9 +408,9 @@ def read_net(args) -> dict[str, Tensor]:
         args.net = Net(genes, switches, [(places, {values: found and block(*found) for values, found in table.items()})
                                          for places, table in tables])
         args.shapes = {name: part.shape for name, part in content["weights"].items()}
-        for layer in layers(blocks_of(args.net, student_at(args.net, -1))):
-            layer_shape = layer.out, layer.inp // layer.groups, layer.kernel, layer.kernel
-            assert not layer.kernel or args.shapes[f"{layer.name}.conv.weight"] == layer_shape
+        wanted = {f"{layer.name}.conv.weight": (layer.out, layer.inp // layer.groups, layer.kernel, layer.kernel)
+                  for layer in layers(blocks_of(args.net, student_at(args.net, -1))) if layer.kernel}
+        assert wanted == {name: shape for name, shape in args.shapes.items() if name.endswith("conv.weight")}
     except Exception:  # many kinds, of a file that is not chapter 1's
         fail(f"{path} does not hold a network: delete it to have it made anew")
     return content["weights"]
@@ -507,6 +507,7 @@ def main():
         return finish(args, [], figures(args) or fail(f"{args.out} holds no tables yet: run a chapter first"))
     read_net(args)
     args.common["classes"] = args.settings["classes"] = args.shapes["classifier.conv.weight"][0]
+    load(args.out / "01_dynamic_net.pt", args.common)  # now that the classes are known
     net, suffix = args.net, "" if args.sampling == "progressive" else "_random"
     if not net.genes:
         fail(f"--net {args.common['net']} has no students to search among")

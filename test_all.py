@@ -341,7 +341,7 @@ def test_pgd_on_a_linear_model_is_the_closed_form():
     torch.manual_seed(SEED)
     direction = torch.randn(3, 8, 8, dtype=torch.float64)
     x = torch.rand(6, 3, 8, 8, dtype=torch.float64)
-    for module in (c2, c3, c4, c5):
+    for module in (c2, c3, c4):
         x_adv = module.pgd(lambda x: (x * direction).sum((1, 2, 3)), x, lambda out: out.sum(), torch.zeros_like(x),
                            0.1, 0.03, 10)
         torch.testing.assert_close(x_adv, (x + 0.1 * direction.sign()).clamp(0, 1))

@@ -577,8 +577,8 @@ def main():
         students["ResNet-50-like"] = canonical(net, tuple(picks.values()))
     students |= {f"random {i}": sample(net, rng) for i in range(1, args.students + 1)}
     print(f"{args.net} for {args.common['classes']} classes: {len(net.genes)} genes, {count_students(net):,} students")
-    shown, rows = [], []
-    for name, student in students.items():
+    shown, rows, names = [], [], {student: name for name, student in reversed(students.items())}  # each student once
+    for student, name in reversed(names.items()):
         params, macs = cost(net, student)
         difference = difference_from_standalone(shared, blocks_of(net, student))
         shown.append({"student": name, "params (M)": params / 1e6, "MACs (M)": macs / 1e6,

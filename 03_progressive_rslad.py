@@ -81,7 +81,7 @@ def train_students(args, name: str, teacher, fixed: tuple, shared: dict[str, Ten
     """Distil the teacher, logits = teacher(x), into sampled students or the fixed one, in place; the log's last row."""
     progressive = args.sampling == "progressive"
     def losses_of(step, position, x, _, mark):
-        if position == 0 and step == (2 if progressive else 0) and "sorting" not in args.without:
+        if position == 0 and step == (2 if progressive else 0) and not fixed and "sorting" not in args.without:
             sort_channels(shared, args.net)  # expansions vary from here on
         rng = random.Random(f"{args.seed} {step} {position % 8 if args.bench else position}")  # timed as counted
         blocks = blocks_of(args.net, fixed or sample(args.net, rng, STEPS[step if progressive else -1]))
@@ -552,7 +552,7 @@ def run_chapter(main):
 def read_teacher(args, data: dict) -> tuple:
     """The largest student of --out or --teacher, perhaps of another network: (logits = teacher(x), frozen, with its own
     batch-norm statistics; all weights). With --bench untrained weights will do: they take as long."""
-    other = argparse.Namespace(**vars(args) | {"out": args.teacher or args.out})
+    other = argparse.Namespace(**vars(args) | {"out": Path(args.teacher or args.out)})
     path = other.out / "02_teacher.pt"
     if args.teacher:
         other.common = {key: args.common[key] for key in ("dataset", "preset", "classes")}
@@ -568,14 +568,14 @@ def read_teacher(args, data: dict) -> tuple:
 def main():
     args = read_flags(
         STAGE, sampling=SAMPLING | {"choices": (*SAMPLING["choices"], "fixed")}, student=STUDENT, precision=PRECISION,
-        bench=BENCH, teacher={"type": Path, "metavar": "FOLDER", "help": "learn from the teacher there, of any kind"},
+        bench=BENCH, teacher={"metavar": "FOLDER", "help": "learn from the teacher there, of any kind"},
         without={"nargs": "+", "default": [], "choices": ("start", "sorting"), "help": "start anew; do not sort"})
     data, weights = load_data(args), read_net(args)
     if not args.net.genes or (args.sampling == "fixed") != bool(args.student):
         fail('--sampling fixed and --student "..." go together, and need a network with genes')
     args.dtype, fixed = conv_dtype(args), student_from(args.net, args.student) if args.student else ()
     name = f"03_{args.sampling}" + (f"_{args.student}" if fixed else "").replace(" ", "").replace("=", "")
-    name += f"_{args.teacher.resolve().name}" if fixed and args.teacher else ""
+    name += f"_{Path(args.teacher).resolve().name}" if fixed and args.teacher else ""
     checkpoint, state = args.out / f"{name}.pt", args.out / f"{name}_state.pt"
     following = "02_teacher_trades.py --judge" if fixed else f"04_predictor.py --sampling={args.sampling}"
     if checkpoint.exists() and not args.restart and not args.bench:

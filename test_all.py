@@ -24,6 +24,7 @@ import struct
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as ET
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +33,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -320,6 +322,64 @@ def test_a_smaller_kernel_is_the_transformed_centre_of_the_next_larger():
     assert identity["2_2_middle.conv.weight"].shape[2:] == (3, 3)
 
 
+class PreActivation(nn.Module):
+    """A block of WideResNet, written the usual way."""
+    def __init__(self, inp, out, stride):
+        super().__init__()
+        self.norm, self.first = nn.BatchNorm2d(inp), nn.Conv2d(inp, out, 3, stride, 1, bias=False)
+        self.bn, self.last = nn.BatchNorm2d(out), nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.shortcut = None if inp == out else nn.Conv2d(inp, out, 1, stride, bias=False)
+
+    def forward(self, x):
+        active = F.relu(self.norm(x))
+        return self.last(F.relu(self.bn(self.first(active)))) + (self.shortcut(active) if self.shortcut else x)
+
+
+def usual_wide_resnet(depth, width, stem_stride):
+    sizes, blocks = [16, 16 * width, 32 * width, 64 * width], []
+    for s, (inp, out) in enumerate(zip(sizes, sizes[1:])):
+        blocks += [PreActivation(inp if b == 0 else out, out, 2 if b == 0 and s else 1) for b in range((depth - 4) // 6)]
+    return nn.Sequential(nn.Conv2d(3, 16, 3, stem_stride, 1, bias=False), *blocks, nn.BatchNorm2d(sizes[-1]), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(sizes[-1], 10))
+
+
+def test_wide_resnet_is_the_usual_one():
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        usual_wide_resnet(34, 10, 1).eval()(torch.zeros(1, 3, 32, 32))
+    assert c1.cost(c1.make_net("wrn34_10", "paper", 10), ()) == (46_160_474, counter.get_total_flops() // 2)
+    net = c1.make_net("wrn34_10", "tiny", 10)
+    shared, usual = weights_of(net), usual_wide_resnet(10, 2, 2).double().train()
+    assert net.genes == {} and c1.count_students(net) == 1 and c1.sample(net, random.Random(0)) == ()
+    state = list(usual.state_dict())
+    ours = {"stem": "0", "norm": "4", "classifier": "8"} | {f"{s}_1_{part}": f"{s}.{part}" for s in (1, 2, 3)
+                                                          for part in ("norm", "first", "last", "shortcut")}
+    for name, weight in shared.items():
+        layer, part = name.split(".", 1)
+        place = ours[layer] if "_first" not in name or "conv" in part else ours[layer].replace("first", "bn")
+        target = usual.state_dict()[f"{place}.{part.split('.')[1]}"]
+        state.remove(f"{place}.{part.split('.')[1]}")
+        target.copy_(weight.view(target.shape))
+    assert all("running" in name or "tracked" in name for name in state)
+    x = torch.rand(5, 3, 32, 32, dtype=torch.float64)
+    blocks = c2.blocks_of(net, ())
+    torch.testing.assert_close(c2.forward(c2.slice_weights(shared, blocks), blocks, x), usual(x))
+
+
+def test_a_student_from_words():
+    net = c1.make_net("resnet50", "paper", 10)
+    fixed = dict(zip(net.genes, c2.student_from(net, "w=1.0 d=1 e=0.25")))
+    assert fixed["depth_stem"] == 0 and fixed["depth_2"] == 1 and fixed["width_mid"] == 1.0  # a stem is 0 or 2 deep
+    assert {fixed[f"expand_3_{b}"] for b in range(1, 6)} == {0.25} and fixed["expand_3_6"] == 0
+    resnet50 = c2.student_from(net, "w=1.0 e=0.25 d=1 depth_2=2 depth_3=2")
+    stem = sum(len(layer.tail) * layer.out + 9 * layer.inp * layer.out for layer in c1.layers(c1.blocks_of(net, resnet50)[:2]))
+    usual = sum(weight.numel() for name, weight in torchvision.models.resnet50(num_classes=10).named_parameters()
+                if name.split(".")[0] not in ("conv1", "bn1"))  # the stem is another one
+    assert c1.cost(net, resnet50)[0] - stem == usual
+    assert c2.student_from(net, "") == c1.student_at(net, -1)
+    named = dict(zip(net.genes, c2.student_from(net, "w=0.65 width_2=0.8 expand_2_1=0.2")))
+    assert [named[f"width_{s}"] for s in (1, 2, 3)] == [0.65, 0.8, 0.65] and named["expand_2_1"] == 0.2 != named["expand_2_2"]
+
+
 # ---- Chapters 2 and 3: losses, attack, judgement ---------------------------------------------------------------------
 @both
 def test_sorting_channels_leaves_the_largest_network_unchanged(net):
@@ -585,6 +645,22 @@ def test_the_predictor_recovers_an_additive_function(net):
     assert (error.square().mean(0).sqrt() < 0.25 * labels.std(0)).all()
 
 
+def test_kendalls_tau_is_that_of_all_pairs():
+    rng = np.random.default_rng(SEED)
+    measured, predicted = rng.integers(0, 8, (30, 2)) / 8, rng.integers(0, 12, (30, 2)) / 12  # with ties
+    rows = c4.report(torch.tensor(measured), torch.tensor(measured), torch.tensor(predicted))
+    for column, row in enumerate(rows):
+        a, b = measured[:, column], predicted[:, column]
+        right = wrong = tied_a = tied_b = 0
+        for i, j in itertools.combinations(range(30), 2):
+            right += (a[i] - a[j]) * (b[i] - b[j]) > 0
+            wrong += (a[i] - a[j]) * (b[i] - b[j]) < 0
+            tied_a += a[i] == a[j]
+            tied_b += b[i] == b[j]
+        pairs = 30 * 29 / 2
+        assert abs(row["tau"] - (right - wrong) / ((pairs - tied_a) * (pairs - tied_b)) ** 0.5) < 1e-6
+
+
 def test_the_reported_noise_is_that_of_measuring_on_other_images():
     generator = torch.Generator().manual_seed(SEED)
     chance = 0.4 + 0.2 * torch.rand(3000, 2, generator=generator)  # of each student to be right
@@ -749,6 +825,106 @@ def test_a_folder_of_images(images, tmp_path):
     assert data["classes"] == 3 and [len(data[part]) for part in ("train", "held_out", "test")] == [162, 18, 45]
     means = [data["test"][data["test_labels"] == label].float().mean() for label in range(3)]
     assert means[0] > means[2] > means[1]  # bright, dark, middling: the folders in alphabetical order
+
+
+# ---- Baselines, table 1, figures -------------------------------------------------------------------------------------
+def test_baselines_make_table_1_and_the_costs(images, finished, tmp_path):
+    """TRADES and RSLAD of one student, by our teacher and by a WideResNet, beside what the chain has left."""
+    shutil.copytree(finished[0] / "run", tmp_path / "run", ignore=shutil.ignore_patterns(".lock", "*.svg"))
+    os.symlink(finished[0] / "data", tmp_path / "data")
+    common, student = ["--dataset", images, "--preset", "tiny"], ["--student", "w=1.0 d=1 e=0.25"]
+    chosen, fixed = ["--out", "run"], ["--sampling", "fixed"]
+    trades, rslad = QUICK["02_teacher_trades"], QUICK["03_progressive_rslad"]
+    run(tmp_path, "02_teacher_trades", *common, *chosen, *trades, *student)
+    run(tmp_path, "02_teacher_trades", *common, *trades, "--net", "wrn34_10", "--out", "wide")
+    run(tmp_path, "03_progressive_rslad", *common, *chosen, *rslad, *fixed, *student)
+    run(tmp_path, "03_progressive_rslad", *common, *chosen, *rslad, *fixed, *student, "--teacher", "wide")
+    run(tmp_path, "02_teacher_trades", *common, *chosen, "--judge")
+    rows = rows_of(tmp_path / "run/02_table1.csv")
+    assert [(row["method"], row["student"]) for row in rows] == [
+        ("TRADES", "largest"), ("TRADES", student[1]), ("RSLAD", "w1.0d1e0.25"), ("RSLAD", "w1.0d1e0.25_wide"),
+        ("ProARD", "largest"), ("ProARD", "best of 2.3M")]
+    net = c1.make_net("resnet50", "tiny", 3)
+    one = c2.student_from(net, student[1])
+    assert {(int(row["params"]), int(row["macs"])) for row in rows[1:4]} == {c1.cost(net, one)}
+    start, ours, wide = (torch.load(tmp_path / f"run/{name}.pt", weights_only=True)["weights"] for name in (
+        "01_dynamic_net", "03_fixed_w1.0d1e0.25", "03_fixed_w1.0d1e0.25_wide"))
+    inside = {layer.name: layer for layer in c1.layers(c1.blocks_of(net, one))}
+    for name, weight in start.items():  # from random weights on; outside the student nothing has been learnt
+        layer = inside.get(name.split(".")[0])
+        if layer is None:
+            assert torch.equal(weight, ours[name])
+        elif name.endswith("conv.weight"):
+            ratio = ours[name] / weight
+            assert ratio[:layer.out, :layer.inp].std() > 1e-3
+            ratio[:layer.out, :layer.inp] = 0.99
+            assert ((0.98 < ratio) & (ratio < 1)).all()  # weight decay
+    assert any(not torch.equal(ours[name], wide[name]) for name in ours)  # another teacher
+    data = torch.load(next((tmp_path / "data").glob("*.pt")), weights_only=True)
+    predict = c4.calibrated(wide, net, one, data["train"][:500])
+    with torch.no_grad():
+        natural = (predict(data["test"] / 255).argmax(1) == data["test_labels"]).float().mean().item()
+    assert abs(natural - float(rows[3]["natural"])) < 1e-6
+    printed = run(tmp_path, "05_nsga2", *common, *chosen, "--figures")
+    seconds = {name: [float(row["seconds"]) for row in rows_of(tmp_path / f"run/{name}.csv")] for name in (
+        "03_fixed_w1.0d1e0.25_log", "03_fixed_w1.0d1e0.25_wide_log", "03_progressive_log", "04_students", "05_best")}
+    retraining = 50 * (seconds["03_fixed_w1.0d1e0.25_log"][-1] + seconds["03_fixed_w1.0d1e0.25_wide_log"][-1]) / 2
+    dynamic = seconds["03_progressive_log"][-1] + sum(seconds["04_students"]) + 50 * seconds["05_best"][0]
+    last = rows_of(tmp_path / "run/05_cost.csv")[-1]
+    assert last["devices"] == "50" and abs(float(last["retraining"]) - retraining / 3600) < 1e-9
+    assert abs(float(last["ProARD"]) - dynamic / 3600) < 1e-9
+    assert f"{retraining / dynamic:.3g} times less than retraining (paper: 60)" in printed
+    drawn = {path.stem for path in (tmp_path / "run").glob("*.svg")}
+    assert drawn == {"02_teacher_log", "02_w1.0d1e0.25_log", "03_fixed_w1.0d1e0.25_log", "03_fixed_w1.0d1e0.25_wide_log",
+                     "03_progressive_log", "04_students", "04_widths", "04_predictions", "05_population", "05_cost"}
+    edit_row(tmp_path / "run/04_students.csv", 3, "natural", "high")
+    assert "04_students.csv cannot be drawn" in run(tmp_path, "05_nsga2", *common, *chosen, "--figures", code=2)
+    resave(students={"other": (1, 2, 3)})(tmp_path / "run/02_teacher.pt")
+    assert "02_teacher.pt: other is not a student" in run(tmp_path, "02_teacher_trades", *common, *chosen, "--judge", code=2)
+
+
+def test_without_the_teachers_weights_students_start_from_random_ones(images, finished, tmp_path):
+    os.symlink(finished[0] / "data", tmp_path / "data")
+    words = ["--dataset", images, "--preset", "tiny", "--sampling", "random", "--lr", 1e-9, *QUICK["03_progressive_rslad"]]
+    found = []
+    for i, without in enumerate(([], ["start", "sorting"], ["sorting"])):
+        out = tmp_path / f"run{i}"
+        out.mkdir()
+        for name in ("01_dynamic_net.pt", "02_teacher.pt"):
+            shutil.copy(finished[0] / "run" / name, out)
+        run(tmp_path, "03_progressive_rslad", *words, "--out", out.name, *(["--without", *without] if without else []))
+        found.append(torch.load(out / "03_random.pt", weights_only=True)["weights"])
+    expected = [torch.load(finished[0] / "run" / name, weights_only=True)["weights"] for name in (
+        "02_teacher.pt", "01_dynamic_net.pt", "02_teacher.pt")]
+    c3.sort_channels(expected[0], c1.make_net("resnet50", "tiny", 3))
+    for ours, theirs in zip(found, expected):
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-4)
+
+
+def test_a_plot_shows_every_point_in_its_place(tmp_path):
+    xs, ys = [0.0, 3.0, 10.0], [20.0, 30.0, 25.0]
+    c5.plot(tmp_path / "plot.svg", "a caption", [("a & b", "x in m", "y in s", {
+        "dots": ("dots", xs, ys), "line": ("line", xs, ys), "level": ("level", [], [22.0])})])
+    root = ET.parse(tmp_path / "plot.svg").getroot()
+    shapes = {kind: [part.attrib for part in root if part.tag.endswith(kind)] for kind in ("circle", "polyline", "text")}
+    words = [part.text for part in root if part.tag.endswith("text")]
+    assert {"a & b", "x in m", "y in s", "dots", "line", "level", "a caption"} <= set(words)
+    ticks = {"x": {}, "y": {}}  # value -> pixel, from the labels of the axes
+    for word, place in zip(words, shapes["text"]):
+        if word.replace(".", "").isdigit():
+            ticks["y" if place["text-anchor"] == "end" else "x"][float(word)] = float(
+                place["y"]) - 4 if place["text-anchor"] == "end" else float(place["x"])
+    assert min(ticks["x"]) <= 0 and max(ticks["x"]) >= 10 and min(ticks["y"]) <= 20 and max(ticks["y"]) >= 30
+    for x, y, circle in zip(xs, ys, shapes["circle"]):
+        for value, axis, pixel in ((x, "x", circle["cx"]), (y, "y", circle["cy"])):
+            expected = np.interp(value, sorted(ticks[axis]), [ticks[axis][tick] for tick in sorted(ticks[axis])])
+            assert abs(float(pixel) - expected) < 0.2
+    assert len(shapes["circle"]) == 4 and len(shapes["polyline"]) == 4  # with the legend's
+    line = [tuple(map(float, point.split(","))) for point in shapes["polyline"][0]["points"].split()]
+    assert line == [(float(circle["cx"]), float(circle["cy"])) for circle in shapes["circle"][:3]]
+    heights = {point.split(",")[1] for point in shapes["polyline"][2]["points"].split()}
+    assert len(heights) == 1 and min(y for _, y in line) < float(*heights) < max(y for _, y in line)
 
 
 # ---- Stops: killed at any moment, the same command ends with the same files ------------------------------------------

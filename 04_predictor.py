@@ -557,9 +557,10 @@ def main():
     if args.bench and not path.exists():
         fail(f"--bench needs {path}, since only images that are classified right are attacked: run chapter 3 first")
     need(args, path, "03_progressive_rslad.py", f"--sampling={args.sampling}")
-    shared = {name: w.to(args.device) for name, w in load(path, args.common, args.shapes)["weights"].items()}
+    weights = load(path, args.common, args.shapes)["weights"]
+    shared = {name: weight.to(args.device) for name, weight in weights.items()}
     settings = {name: args.settings[name] for name in args.settings if name not in PREDICTOR_FLAGS}
-    settings["weights"] = f"{zlib.crc32(path.read_bytes()):08x}"  # of chapter 3
+    settings["weights"] = f"{zlib.crc32(b''.join(weight.numpy().tobytes() for weight in weights.values())):08x}"
     table = args.out / f"04_students{suffix}.csv"
     students = draw_students(args.net, args.students, args.seed)
     if args.bench:

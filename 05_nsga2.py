@@ -201,10 +201,10 @@ def figures(args) -> list[Path]:
         for path in sorted(args.out.glob("0[23]_*_log.csv")):
             draw_training(args, path.stem, draw)
         draw_sampling(args, draw)
+        draw_cost(args, files, draw)
         for sampling, end in (("progressive", ""), ("random", "_random")):
             draw_predictor(args, end, draw)
             draw_search(args, sampling, end, draw)
-        draw_cost(args, files, draw)
     except (KeyError, ValueError, TypeError, IndexError) as error:
         fail(f"{args.table} cannot be drawn ({error!r}): repair it, or have it made anew")
     return files
@@ -498,29 +498,9 @@ def run_chapter(main):
         fail(f"{error.filename or 'a file'} could not be written: {error.strerror}")
 
 # ---- The chapter -----------------------------------------------------------------------------------------------------
-def main():
-    args = read_flags(STAGE, sampling=SAMPLING, max_macs={
-        "nargs": "+", "type": float, "metavar": "MILLIONS", "help": "budgets of MACs, one student for each; default: "
-        "the paper's 2000 for Dyn-ResNet50 (section 5.3), halfway from smallest to largest student elsewhere"},
-        figures={"action": "store_true", "help": "draw the figures of all tables in the folder, and nothing else"})
-    if args.figures:
-        return finish(args, [], figures(args) or fail(f"{args.out} holds no tables yet: run a chapter first"))
-    read_net(args)
-    args.common["classes"] = args.settings["classes"] = args.shapes["classifier.conv.weight"][0]
-    load(args.out / "01_dynamic_net.pt", args.common)  # now that the classes are known
-    net, suffix = args.net, "" if args.sampling == "progressive" else "_random"
-    if not net.genes:
-        fail(f"--net {args.common['net']} has no students to search among")
-    macs_of = macs_counter(net)
-    ends = [macs_of(student_at(net, place)) / 1e6 for place in (0, -1)]  # the smallest and the largest student's
-    budgets = args.settings["max_macs"] = args.max_macs or [2000.0 if ends[1] > 2000 else round(sum(ends) / 2, 1)]
-    if not all(ends[0] <= budget < float("inf") for budget in budgets):
-        fail(f"--max-macs must be at least {ends[0]:.4g}, the millions of MACs that the smallest student takes")
-    done, judged = args.out / f"05_search{suffix}.pt", args.out / "02_table1.csv"
-    if done.exists() and not args.restart:
-        load(done, args.settings)
-        need(args, judged, "02_teacher_trades.py", "--judge")
-        return finish(args, [], [f"{done} earlier (--restart makes it anew; --figures draws)"])
+def search(args, budgets: list, macs_of, suffix: str, done: Path, after: tuple):
+    """Search a student for each budget, in millions of MACs, and write what was found."""
+    net = args.net
     path = need(args, args.out / f"04_predictor{suffix}.pt", "04_predictor.py", f"--sampling={args.sampling}")
     predictor = load(path, args.common)["weights"]
     hidden = len(predictor) // 2 - 2, predictor.get("bias_0", torch.empty(0)).numel()  # layers and their width
@@ -548,13 +528,41 @@ def main():
     tables = {"population": population, "front": fronts, "best": best}
     for name, content in tables.items():
         write(args.out / f"05_{name}{suffix}.csv", content)
-    judged.unlink(missing_ok=True)  # it is made anew, with what was found
+    for path in after:  # they are made anew
+        path.unlink(missing_ok=True)
     seconds = sum(row["seconds"] for row in best)
     write(done, {"settings": args.settings, "students": chosen, "seconds": seconds})
     finish(args, [{key: value for key, value in row.items() if key not in net.genes} for row in best],
            [args.out / f"05_{name}{suffix}.csv" for name in tables])
     fcntl.flock(args.locks[args.out], fcntl.LOCK_UN)  # chapter 2 judges them in this folder
-    need(args, judged, "02_teacher_trades.py", "--judge")
+
+def main():
+    args = read_flags(STAGE, sampling=SAMPLING, max_macs={
+        "nargs": "+", "type": float, "metavar": "MILLIONS", "help": "budgets of MACs, one student for each; default: "
+        "the paper's 2000 for Dyn-ResNet50 (section 5.3), halfway from smallest to largest student elsewhere"},
+        figures={"action": "store_true", "help": "draw the figures of all tables in the folder, and nothing else"})
+    if args.figures:
+        return finish(args, [], figures(args) or fail(f"{args.out} holds no tables yet: run a chapter first"))
+    read_net(args)
+    args.common["classes"] = args.settings["classes"] = args.shapes["classifier.conv.weight"][0]
+    load(args.out / "01_dynamic_net.pt", args.common)  # now that the classes are known
+    net, suffix = args.net, "" if args.sampling == "progressive" else "_random"
+    if not net.genes:
+        fail(f"--net {args.common['net']} has no students to search among")
+    macs_of = macs_counter(net)
+    ends = [macs_of(student_at(net, place)) / 1e6 for place in (0, -1)]  # the smallest and the largest student's
+    budgets = args.settings["max_macs"] = args.max_macs or [2000.0 if ends[1] > 2000 else round(sum(ends) / 2, 1)]
+    if not all(ends[0] <= budget < float("inf") for budget in budgets):
+        fail(f"--max-macs must be at least {ends[0]:.4g}, the millions of MACs that the smallest student takes")
+    done = args.out / f"05_search{suffix}.pt"
+    after = args.out / "02_table1.csv", args.out / f"05_population{suffix}.svg"  # of chapter 2, of figures()
+    if not done.exists() or args.restart:
+        search(args, budgets, macs_of, suffix, done, after)
+    else:
+        load(done, args.settings)
+        if all(path.exists() for path in after):  # they are missing if it was stopped between
+            return finish(args, [], [f"{done} earlier (--restart makes it anew; --figures draws)"])
+    need(args, after[0], "02_teacher_trades.py", "--judge")
     finish(args, [], figures(args))
 
 if __name__ == "__main__":

@@ -1252,6 +1252,9 @@ SWEEP = [(script, file, name) for script, file, kinds in [
     ("02_teacher_trades", "data", ANY_FILE | DATA), ("02_teacher_trades", "01_dynamic_net.pt", ANY_FILE | SETTINGS | NET),
     ("02_teacher_trades", "02_teacher_state.pt", ANY_FILE | SETTINGS | WEIGHTS),
     ("02_teacher_trades", "02_teacher.pt", ANY_FILE | SETTINGS | WEIGHTS),
+    ("02_teacher_trades --judge", "02_teacher.pt", ANY_FILE | SETTINGS | WEIGHTS),
+    ("02_teacher_trades --judge", "03_progressive.pt", ANY_FILE | SETTINGS | WEIGHTS),
+    ("02_teacher_trades --judge", "05_search.pt", ANY_FILE | SETTINGS),
     ("03_progressive_rslad", "01_dynamic_net.pt", ANY_FILE | SETTINGS | NET),
     ("03_progressive_rslad", "02_teacher.pt", ANY_FILE | SETTINGS | WEIGHTS),
     ("03_progressive_rslad", "03_progressive_state.pt", ANY_FILE | SETTINGS | WEIGHTS),
@@ -1267,9 +1270,12 @@ SWEEP = [(script, file, name) for script, file, kinds in [
 @pytest.mark.parametrize("script, file", sorted({case[:2] for case in SWEEP}))
 def test_bad_files(images, finished, tmp_path, script, file):
     """Every file that a chapter reads, spoiled in every way: one line, exit code 2, and no file is touched."""
+    names = [name for *case, name in SWEEP if case == [script, file]]
+    script, *words = script.split()
+    words = words or QUICK[script]
     done = {"02_teacher_trades": "02_teacher.pt", "03_progressive_rslad": "03_progressive.pt", "05_nsga2": "05_search.pt",
             "04_predictor": "04_predictor.pt"}.get(script, "")  # without it the chapter reads its other files
-    for name in [name for *case, name in SWEEP if case == [script, file]]:
+    for name in names:
         folder = tmp_path / name
         shutil.copytree(finished[0] / "stopped", folder / "run", ignore=shutil.ignore_patterns(
             ".lock", *({done, "02_teacher_state.pt", "03_progressive_state.pt"} - {file})))
@@ -1277,7 +1283,7 @@ def test_bad_files(images, finished, tmp_path, script, file):
         path = next((folder / "data").glob("*.pt")) if file == "data" else folder / "run" / file
         {**ANY_FILE, **SETTINGS, **WEIGHTS, **DATA, **NET, **(TABLE if file.endswith(".csv") else {})}[name](path)
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
-        message = run(folder, script, "--dataset", images, "--preset", "tiny", "--out", "run", *QUICK[script], code=2)
+        message = run(folder, script, "--dataset", images, "--preset", "tiny", "--out", "run", *words, code=2)
         assert path.name in message, name
         assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()
                           and path.name != ".lock"}, name  # and code in it was not run: it would have written a file

@@ -157,14 +157,15 @@ def measure_widths(args, shared: dict[str, Tensor], teacher, data: dict) -> list
     return rows
 
 def draw_pictures(args, teacher, student, data: dict) -> bytes:
-    """A PNG: a column for each of 8 held-out images; rows natural, perturbation x 16 around grey, adversarial for the
-    student, each with the answers of teacher and student, green if right."""
+    """A PNG: a column for each of 8 held-out images, those first that the student gets right; rows natural, change
+    x 16 around grey, adversarial for the student; with the answers of teacher and student, green if right."""
     from torchvision.utils import draw_bounding_boxes, make_grid, save_image
-    names = dict(enumerate(load(data_file(args), {}).get("names", ())))
-    x, y = data["held_out"][:8] / 255, data["held_out_labels"][:8]
+    rows, names = [], dict(enumerate(load(data_file(args), {}).get("names", ())))
+    x, y = data["held_out"][:100] / 255, data["held_out_labels"][:100]
+    pick = (student(x).argmax(1) != y).int().argsort(stable=True)[:8]
+    x, y = x[pick], y[pick]
     x_adv = pgd(student, x, lambda logits: F.cross_entropy(logits, y), torch.zeros_like(x), args.eps / 255,
                 args.step_size / 255, args.steps)
-    rows = []
     for images, judged in ((x, x), (0.5 + 16 * (x_adv - x), None), (x_adv, x_adv)):
         tiles = F.interpolate(images.clamp(0, 1), scale_factor=4)
         tiles = list((255 * F.pad(tiles, (0, 0, 0, 0 if judged is None else 36), value=1)).byte().cpu())

@@ -160,12 +160,13 @@ def count_students(net: Net) -> int:
     The genes of a block that is switched off do not count: a stage of n active blocks has (choices per block)^n forms.
     Some genotypes are the same network, where channels are rounded to the same multiple of 8.
     """
-    total = 1
+    sizes = {name: len(choices) for name, choices in net.genes.items() if not name.startswith("depth")}
+    owned = [(name, *switch) for name, switch in zip(net.genes, net.switches) if name in sizes and switch != (0, 0)]
+    total = math.prod(size for name, size in sizes.items() if name not in [block for block, *_ in owned])
     for place, (name, depths) in enumerate(net.genes.items()):
-        others = [(least, len(choices)) for (other, choices), (owner, least) in zip(net.genes.items(), net.switches)
-                  if owner == place and not other.startswith("depth")]
         if name.startswith("depth"):
-            total *= sum(math.prod(count for least, count in others if depth >= least) for depth in depths)
+            total *= sum(math.prod(sizes[block] for block, owner, least in owned if owner == place and least <= depth)
+                         for depth in depths)
     return total
 
 def shapes(net: Net) -> dict[str, tuple]:
@@ -571,7 +572,7 @@ def main():
     shared = init_weights(net)
     rng = random.Random(args.seed)
     students = {"largest": student_at(net, -1), "smallest": student_at(net, 0), "middle": student_at(net, 1)}
-    if args.net == "resnet50":  # the sizes of the usual ResNet-50, or their like in the tiny network
+    if args.net == "resnet50":  # nearly the sizes of the usual ResNet-50, or their like in the tiny network
         usual = {"depth": 1, "width": 1.0, "expand": 0.25}
         picks = {name: usual[name.split("_")[0]] for name in net.genes} | {"depth_stem": 0}
         students["ResNet-50-like"] = canonical(net, tuple(picks.values()))

@@ -103,13 +103,13 @@ def export(predict, path: Path):
 def table1(args, data: dict) -> list[dict]:
     """Judge the students that were trained alone, or chosen by chapter 5, on the test images (section 5.4); a row each.
     Chapter 5's are exported. Exits if a file's student is not one of this network."""
-    rows, known = [], PAPER.get(f"{args.dataset}-{args.common['net']}" * (args.preset != "tiny"), ())
+    rows, key = [], f"{args.dataset}-{args.common['net']}" * (args.preset != "tiny")
     for path in sorted([*args.out.glob("02_*.pt"), *args.out.glob("03_fixed_*.pt"), *args.out.glob("05_search*.pt")]):
         content, searched = load(path, args.common), path.stem.startswith("05")
         sampling = content["settings"].get("sampling", "teacher")
         holder = args.out / f"03_{sampling}.pt" if searched else path
-        weights = {name: w.to(args.device) for name, w in load(holder, args.common, args.shapes)["weights"].items()}
-        for name, student in content.get("students", {}).items():
+        for name, student in content.get("students", {}).items():  # the state of a run in progress has none
+            weights = {key: w.to(args.device) for key, w in load(holder, args.common, args.shapes)["weights"].items()}
             try:
                 predict = calibrated(weights, args.net, student, data["train"][:args.calibration_images])
             except (KeyError, IndexError, TypeError):
@@ -120,10 +120,10 @@ def table1(args, data: dict) -> list[dict]:
             (natural, fgsm), (_, robust) = judge(*test, args.eps / 255, 1), judge(*test, 2 / 255, 20)
             natural, fgsm, robust = (right.float().mean().item() for right in (natural, fgsm, robust))
             print(f"  {METHODS[sampling]}, {name}: natural {natural:.4g}, PGD-20 {robust:.4g}", flush=True)
-            params = sum(weight.numel() for weight in predict.args[0].values())
-            rows.append({"method": METHODS[sampling], "student": name, "params": params,
-                         "macs": counter.get_total_flops() // 2, "natural": natural, "fgsm": fgsm, "pgd20": robust,
-                         "seconds": content["seconds"], "paper": dict(zip(METHODS, known)).get(sampling, "")})
+            paper = dict(zip(METHODS, PAPER.get(key, ()))) if name != "largest" else {}
+            rows.append({"method": METHODS[sampling], "student": name, "macs": counter.get_total_flops() // 2,
+                         "params": sum(map(Tensor.numel, predict.args[0].values())), "natural": natural, "fgsm": fgsm,
+                         "pgd20": robust, "seconds": content["seconds"], "paper": paper.get(sampling, "")})
             if searched and name != "largest":
                 end = f"_{name.split()[-1]}" if len(content["students"]) > 2 else ""
                 export(predict, args.out / f"05_student{'_random' * (sampling == 'random')}{end}.pt2")

@@ -568,8 +568,8 @@ def read_teacher(args, data: dict) -> tuple:
 def main():
     args = read_flags(
         STAGE, sampling=SAMPLING | {"choices": (*SAMPLING["choices"], "fixed")}, student=STUDENT, precision=PRECISION,
-        bench=BENCH, teacher={"metavar": "FOLDER", "help": "learn from the teacher there, of any kind"},
-        without={"nargs": "+", "default": [], "choices": ("start", "sorting"), "help": "start anew; do not sort"})
+        bench=BENCH, teacher={"metavar": "FOLDER", "help": "learn from the teacher there, starting at random"},
+        without={"nargs": "+", "default": [], "choices": ("start", "sorting"), "help": "random weights; no sorting"})
     data, weights = load_data(args), read_net(args)
     if not args.net.genes or (args.sampling == "fixed") != bool(args.student):
         fail('--sampling fixed and --student "..." go together, and need a network with genes')
@@ -589,8 +589,8 @@ def main():
     if not args.bench:
         lock(args, args.out, checkpoint, state)
     last = train_students(args, name, teacher, fixed, shared, data)
-    write(checkpoint, {"settings": args.settings, "seconds": last["seconds"], "students": {name[9:]: fixed},
-                       "weights": {key: weight.detach() for key, weight in shared.items()}})
+    write(checkpoint, {"settings": args.settings, "students": {f"{args.student} by {args.teacher or 'teacher'}": fixed},
+                       "seconds": last["seconds"], "weights": {key: weight.detach() for key, weight in shared.items()}})
     state.unlink(missing_ok=True)
     rows = [{"held-out": key[8:], "natural": last[key], f"PGD-{args.steps}": last[f"robust_{key[8:]}"]}
             for key in last if key.startswith("natural_") and key != "natural_kl"]

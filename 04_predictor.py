@@ -147,8 +147,8 @@ def measure_widths(args, shared: dict[str, Tensor], teacher, data: dict) -> list
     """Figure 6: natural and robust accuracy of the teacher and of students that differ in width (kernel) alone."""
     genes, rows = args.net.genes.items(), []
     varied = [name for name, _ in genes if name.startswith(("width", "kernel"))]
-    students = {value: canonical(args.net, tuple(value if name in varied else choices[-1] for name, choices in genes))
-                for value in args.net.genes[varied[0]]}
+    students = {value: canonical(args.net, tuple(c[min(i, len(c) - 1) if name in varied else -1] for name, c in genes))
+                for i, value in enumerate(args.net.genes[varied[0]] if varied else ())}
     images, labels = data["held_out"][:args.images], data["held_out_labels"][:args.images]
     for name, student in {"teacher": None, **students}.items():
         predict = calibrated(shared, args.net, student, data["train"][:args.calibration_images]) if student else teacher

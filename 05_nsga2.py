@@ -182,10 +182,10 @@ def table(args, name: str, **wanted: str) -> list[dict]:
     return [row for row in rows if wanted.items() <= row.items()]
 
 def series(rows: list[dict], style: str, x: str = "natural", y: str = "robust") -> tuple:
-    """(style, xs, ys) of the rows that have a y; accuracies in %."""
+    """(style, xs, ys) of the rows that have a y, and a finite one; accuracies in %."""
     def values(name):
         share = name.split("_")[0] in ("natural", "robust", "predicted", "pgd20") and name != "natural_kl"
-        return [(100 if share else 1) * float(row[name]) for row in rows if row[y]]
+        return [(100 if share else 1) * float(row[name]) for row in rows if row[y] and math.isfinite(float(row[y]))]
     return style, values(x) if x else [], values(y)
 
 def figures(args) -> list[Path]:
@@ -205,7 +205,7 @@ def figures(args) -> list[Path]:
         for sampling, end in (("progressive", ""), ("random", "_random")):
             draw_predictor(args, end, draw)
             draw_search(args, sampling, end, draw)
-    except (KeyError, ValueError, TypeError, IndexError) as error:
+    except (KeyError, ValueError, TypeError, IndexError, StopIteration) as error:
         fail(f"{args.table} cannot be drawn ({error!r}): repair it, or have it made anew")
     return files
 
@@ -260,11 +260,13 @@ def draw_search(args, sampling: str, end: str, draw):
 
 def draw_cost(args, files: list, draw):
     """Figure 8: for 1 to 50 devices, a student retrained for each by RSLAD, or one dynamic network and searches."""
-    retrained = [float(table(args, path.stem)[-1]["seconds"]) for path in sorted(args.out.glob("03_fixed_*_log.csv"))]
+    finished = [path.stem for path in sorted(args.out.glob("0[345]_*.pt"))]  # the tables of others are not whole yet
+    retrained = [float(table(args, f"{name}_log")[-1]["seconds"]) for name in finished if name.startswith("03_fixed")
+                 and not name.endswith("_state")]
+    if not retrained or not {"03_progressive", "04_predictor", "05_search"} <= {*finished}:
+        return
     trained, measured, searched = (series(table(args, name), "", "", "seconds")[2] for name in (
         "03_progressive_log", "04_students", "05_best"))
-    if not (retrained and trained and measured and searched):
-        return
     each, once = sum(retrained) / len(retrained), trained[-1] + sum(measured)
     rows = [{"devices": count, "retraining": count * each / 3600, "ProARD": (once + count * max(searched)) / 3600}
             for count in range(1, 51)]
@@ -528,7 +530,8 @@ def search(args, budgets: list, macs_of, suffix: str, done: Path, after: tuple):
     tables = {"population": population, "front": fronts, "best": best}
     for name, content in tables.items():
         write(args.out / f"05_{name}{suffix}.csv", content)
-    for path in after:  # they are made anew
+    stale = [path for path in args.out.glob("05_student*.pt2") if ("_random" in path.name) == ("_random" == suffix)]
+    for path in (*after, *stale):  # they are made anew
         path.unlink(missing_ok=True)
     seconds = sum(row["seconds"] for row in best)
     write(done, {"settings": args.settings, "students": chosen, "seconds": seconds})

@@ -839,11 +839,14 @@ def test_baselines_make_table_1_and_the_costs(images, finished, tmp_path):
     run(tmp_path, "02_teacher_trades", *common, *trades, "--net", "wrn34_10", "--out", "wide")
     run(tmp_path, "03_progressive_rslad", *common, *chosen, *rslad, *fixed, *student)
     run(tmp_path, "03_progressive_rslad", *common, *chosen, *rslad, *fixed, *student, "--teacher", "wide")
+    for name in ("02_teacher_state.pt", "03_progressive_state.pt"):  # runs in progress, which are not judged
+        shutil.copy(finished[0] / "stopped" / name, tmp_path / "run" / name.replace("progressive", "fixed_d1"))
+    (tmp_path / "run/03_fixed_d1_log.csv").write_text("epoch,loss,seconds\n1,0.5,1000\n2,nan,2000\n")
     run(tmp_path, "02_teacher_trades", *common, *chosen, "--judge")
     rows = rows_of(tmp_path / "run/02_table1.csv")
     assert [(row["method"], row["student"]) for row in rows] == [
-        ("TRADES", "largest"), ("TRADES", student[1]), ("RSLAD", "w1.0d1e0.25"), ("RSLAD", "w1.0d1e0.25_wide"),
-        ("ProARD", "largest"), ("ProARD", "best of 2.3M")]
+        ("TRADES", "largest"), ("TRADES", student[1]), ("RSLAD", f"{student[1]} by teacher"),
+        ("RSLAD", f"{student[1]} by wide"), ("ProARD", "largest"), ("ProARD", "best of 2.3M")]
     net = c1.make_net("resnet50", "tiny", 3)
     one = c2.student_from(net, student[1])
     assert {(int(row["params"]), int(row["macs"])) for row in rows[1:4]} == {c1.cost(net, one)}
@@ -877,6 +880,9 @@ def test_baselines_make_table_1_and_the_costs(images, finished, tmp_path):
     drawn = {path.stem for path in (tmp_path / "run").glob("*.svg")}
     assert drawn == {"02_teacher_log", "02_w1.0d1e0.25_log", "03_fixed_w1.0d1e0.25_log", "03_fixed_w1.0d1e0.25_wide_log",
                      "03_progressive_log", "04_students", "04_widths", "04_predictions", "05_population", "05_cost"}
+    (tmp_path / "run/05_student_9M.pt2").write_text("of another budget")
+    run(tmp_path, "05_nsga2", *common, *chosen, *QUICK["05_nsga2"], "--max-macs", 1.9, "--restart")
+    assert [path.name for path in (tmp_path / "run").glob("*.pt2")] == ["05_student.pt2"]
     edit_row(tmp_path / "run/04_students.csv", 3, "natural", "high")
     assert "04_students.csv cannot be drawn" in run(tmp_path, "05_nsga2", *common, *chosen, "--figures", code=2)
     resave(students={"other": (1, 2, 3)})(tmp_path / "run/02_teacher.pt")

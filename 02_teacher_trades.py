@@ -123,7 +123,7 @@ def table1(args, data: dict) -> list[dict]:
             paper = dict(zip(METHODS, PAPER.get(key, ()))) if name != "largest" else {}
             rows.append({"method": METHODS[sampling], "student": name, "macs": counter.get_total_flops() // 2,
                          "params": sum(map(Tensor.numel, predict.args[0].values())), "natural": natural, "fgsm": fgsm,
-                         "pgd20": robust, "seconds": content["seconds"], "paper": paper.get(sampling, "")})
+                         "pgd20": robust, "seconds": content.get("seconds"), "paper": paper.get(sampling, "")})
             if searched and name != "largest":
                 end = f"_{name.split()[-1]}" if len(content["students"]) > 2 else ""
                 export(predict, args.out / f"05_student{'_random' * (sampling == 'random')}{end}.pt2")

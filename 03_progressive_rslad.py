@@ -571,8 +571,8 @@ def main():
         bench=BENCH, teacher={"metavar": "FOLDER", "help": "learn from the teacher there, starting at random"},
         without={"nargs": "+", "default": [], "choices": ("start", "sorting"), "help": "random weights; no sorting"})
     data, weights = load_data(args), read_net(args)
-    if not args.net.genes or (args.sampling == "fixed") != bool(args.student):
-        fail('--sampling fixed and --student "..." go together, and need a network with genes')
+    if not args.net.genes or (args.sampling == "fixed") != bool(args.student) or args.student and args.without:
+        fail('--sampling fixed and --student "..." go together, without --without, and need a network with genes')
     args.dtype, fixed = conv_dtype(args), student_from(args.net, args.student) if args.student else ()
     name = f"03_{args.sampling}" + (f"_{args.student}" if fixed else "").replace(" ", "").replace("=", "")
     name += f"_{Path(args.teacher).resolve().name}" if fixed and args.teacher else ""

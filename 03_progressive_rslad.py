@@ -1,600 +1,500 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "torchvision", "numpy"]
-# ///
-"""Chapter 3: progressive adversarial robustness distillation (paper, section 4.4, equation 2, figure 4).
+"""Chapter 3: progressive adversarial robustness distillation (paper, section 4.4).
 
-The teacher of chapter 2 is frozen, and its weights become the shared ones. In every iteration a student is drawn,
-attacked, and taught to answer, with and without the attack, as the teacher does on the natural image (RSLAD, Zi et al.,
-2021). Students shrink in three steps: first their widths (kernels) vary, then also depths, then also expansions.
-`--sampling random` is the paper's baseline: every gene varies from the first iteration.
+    shared = teacher's weights                                # the teacher itself stays as it is
+    for what varies in (widths), (widths, depths), (widths, depths, expansions):       # figure 4
+        for epoch, for batch x:
+            student = random choices of what varies, the largest of the rest
+            x' = PGD from x, climbing KL(teacher(x) || student(x'))
+            loss = (1 - alpha) KL(teacher(x) || student(x)) + alpha KL(teacher(x) || student(x'))
+            SGD step on the shared weights that the student uses            # equations 2 and 3
 
-    python 03_progressive_rslad.py --dataset toy          # under a minute on two CPU cores
-    python 03_progressive_rslad.py --dataset cifar10      # the paper's schedule: days; --preset quick for an hour
-    python 03_progressive_rslad.py --sampling fixed --student "w=1.0 d=1 e=0.25"      # RSLAD, one student from scratch
+Students shrink in three steps; kernels are Dyn-MobileNetV3's widths. The loss is RSLAD (Zi et al.,
+2021): the teacher's answer to the natural image is the target, with and without the attack.
 
-reads   01_dynamic_net.pt, 02_teacher.pt            the network, the teacher's weights (made first if missing)
-writes  03_progressive.pt, 03_progressive_log.csv   the shared weights; a row per epoch (03_random, 03_fixed_<student>)
+    python 03_progressive_rslad.py --dataset cifar10     # the paper's schedule, on a GPU
+    python 03_progressive_rslad.py --sampling random     # the paper's baseline: all genes vary
+    python 03_progressive_rslad.py --sampling fixed --student usual    # RSLAD of one, from scratch
+
+reads   01_images.pt, 01_dynamic_net.pt, 02_teacher.pt (made first if missing)
+writes  03_progressive.pt, 03_progressive_log.csv      the shared weights; a row for each epoch
+        (or 03_random..., 03_fixed_<student>_by_<teacher>...)
 """
-from __future__ import annotations
-
-import argparse, fcntl, functools, io, math, os, random, resource, shlex, subprocess, sys, time, timeit, zipfile, zlib
-from collections import namedtuple
+import argparse, csv, io, logging, math, os, random, shlex, signal, subprocess, sys, time
+import zipfile, zlib
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-STAGE = {  # flag: (paper, quick, tiny, help)
-    "epochs": (120, 4, 2, "epochs of each of the three steps; paper: 120 (section 5.0.1)"),
-    "lr": (0.01, 0.02, 0.05, "learning rate, under a warm-up and a cosine to 0 in each step; paper: 0.01 (5.0.1)"),
-    "warmup": (5 / 120, 0.1, 0.1, "share of each step's iterations before --lr is reached; not in the paper"),
-    "momentum": (0.9, 0.9, 0.9, "of SGD; paper: 0.9 (section 5.0.1)"),
-    "weight_decay": (2e-4, 2e-4, 2e-4, "of SGD; paper: 2e-4 (section 5.0.1)"),
-    "batch_size": (128, 128, 64, "images per iteration; paper: 128 (section 5.0.1)"),
-    "alpha": (5 / 6, 5 / 6, 5 / 6, "weight of the adversarial term in equation 2; 5/6 in the released code and RSLAD"),
-    "eps": (8.0, 8.0, 8.0, "largest change of a pixel, in 1/255; paper: 8 (section 5.0.1)"),
-    "step_size": (2.0, 2.0, 4.0, "of the training attack, in 1/255; paper: 2 (section 5.0.1)"),
-    "steps": (10, 10, 3, "of the training attack; paper: 10 (section 5.0.1)"),
-    "val_every": (10, 2, 2, "epochs between two looks at the largest, the smallest and a middle student"),
-    "val_images": (1000, 1000, 200, "held-out training images for that look"),
-    "save_every": (5.0, 5.0, 5.0, "minutes between two saves: what a stop loses at most"),
-    "calibration_images": (2000, 2000, 500, "training images for batch-norm statistics; released code: 2000 to 4000"),
+FLAGS = {  # flag: (paper, quick, tiny, at most, help)
+    "epochs": (120, 4, 2, 10**6, "epochs of each of the three steps; paper 120 (section 5.0.1)"),
+    "lr": (0.01, 0.02, 0.05, 1e3, "learning rate after the warm-up of each step; paper 0.01"),
+    "warmup": (5 / 120, 0.1, 0.1, 1, "share of a step before --lr is reached; paper silent"),
+    "batch_size": (128, 128, 64, 10**6, "images in an iteration; paper 128"),
+    "alpha": (5 / 6, 5 / 6, 5 / 6, 1, "weight of attacked images in equation 2; RSLAD's 5/6"),
+    "eps": (8.0, 8.0, 8.0, 255, "largest change of a pixel, in 1/255; paper 8"),
+    "step_size": (2.0, 2.0, 4.0, 255, "of the training attack, in 1/255; paper 2"),
+    "steps": (10, 10, 3, 10**4, "of the training attack; paper 10"),
+    "val_images": (1000, 1000, 100, 10**6, "held-out training images, seen after each epoch"),
+    "calibration_images": (2000, 2000, 500, 10**6, "training images for batch-norm statistics"),
 }
 
-# ---- The lesson: progressive sampling and RSLAD ----------------------------------------------------------------------
-# What varies in each step, figure 4; kernels are Dyn-MobileNetV3's in place of widths.
-STEPS = (("width", "kernel"), ("width", "kernel", "depth"), ("width", "kernel", "depth", "expand"))
+VARIES = {  # figure 4: the kinds of genes that vary in each of the three steps
+    "progressive": [("width", "kernel"), ("width", "kernel", "depth"),
+                    ("width", "kernel", "depth", "expand")],
+    "random": [("width", "kernel", "depth", "expand")] * 3,
+    "fixed": [()],  # none, in one step as long as the three
+}
 
-def rslad_loss(weights: dict, blocks: tuple, x: Tensor, target: Tensor, args, mark=lambda part: None) -> tuple:
-    """(1 - alpha) KL(T(x) || S(x)) + alpha KL(T(x) || S(x')), equation 2; returns (loss, natural KL, adversarial KL).
+# ---- The lesson: progressive sampling and RSLAD --------------------------------------------------
+def main():
+    args = read_flags(
+        sampling={"choices": [*VARIES], "default": "progressive"},
+        student={"help": "for --sampling fixed: a name in 01_students.csv or 05_best.csv"},
+        start={"choices": ["teacher", "random"], "default": "teacher", "help": "first weights"},
+        teacher={"type": Path, "help": "learn from another network, FILE.pt2 made by torch.export, "
+                 "that takes (B, 3, 32, 32) in [0, 1]"})
+    if (args.sampling == "fixed") != bool(args.student):
+        fail("--sampling fixed and --student NAME go together")
+    device, precision, where = pick_device(args)
+    run_missing(args, "01_dynamic_net.pt", "02_teacher.pt")
+    net = load(args.out / "01_dynamic_net.pt", args.common)
+    trained = load(args.out / "02_teacher.pt", net["settings"])
+    data = load_images(args, net, device)
+    largest = student_at(net, -1)
+    base = named_student(args, net) if args.student else largest  # what does not vary
+    start = "random" if args.student else args.start
+    crc = zlib.crc32(args.teacher.read_bytes()) if args.teacher else trained["mark"]
+    taught_by = (args.teacher.stem if args.teacher else "teacher", crc)
+    settings = {**net["settings"], **args.settings, "start": start, "genotype": base,
+                "student": args.student or "largest", "teacher": taught_by}
+    name, following = f"03_{args.sampling}", f"04_predictor.py --sampling={args.sampling}"
+    if args.student:
+        name += f"_{args.student}_by_{taught_by[0]}"
+        following = f"{CHAPTERS[1]} --judge"
+    checkpoint, state, log = (args.out / f"{name}{end}" for end in (".pt", ".state", "_log.csv"))
+    for old in (checkpoint, state) if args.restart else ():
+        old.unlink(missing_ok=True)
+    if checkpoint.exists():
+        load(checkpoint, settings)
+        return finish(args, [], [f"{checkpoint} earlier (--restart makes it anew)"], following)
+    batch = min(args.batch_size, len(data["train"]))
+    teacher = Network(net, moved(trained["weights"], device), largest)  # frozen: a copy
+    calibrated(teacher, data["train"][: args.calibration_images])
+    if args.teacher:
+        teacher = exported_network(args.teacher, data["train"][:batch] / 255, net["classes"])
+    shared = moved((net if start == "random" else trained)["weights"], device, learn=True)
+    optimizer = torch.optim.SGD(shared.values(), momentum=0.9, weight_decay=2e-4)  # 5.0.1
+    rows = resume(state, settings, shared, optimizer)[0] if state.exists() else []
+    steps = VARIES[args.sampling]
+    epochs, epochs_of_step = 3 * args.epochs, 3 * args.epochs // len(steps)
+    batches = len(data["train"]) // batch  # of an epoch; an incomplete one is left out
+    print(f"RSLAD, {args.sampling} sampling, {epochs} epochs, on {where}", flush=True)
+    looks = {"largest": largest, "middle": student_at(net, 1), "smallest": student_at(net, 0)}
+    looks = {"student": base} if args.student else looks
+    attack = args.eps / 255, args.step_size / 255, args.steps
+    said = saved = time.monotonic()
 
-    x (B, 3, 32, 32) in [0, 1]; target (B, classes) is log T(x); x' is what PGD finds by climbing the second KL (the
-    paper's KL(S, T) has F.kl_div's order). Batch statistics throughout.
-    """
-    frozen = {name: weight.detach() for name, weight in weights.items()}  # the attack needs no gradient of the weights
-    x_adv = pgd(lambda x: forward(frozen, blocks, x), x, lambda logits: kl(logits, target),
-                0.001 * torch.randn_like(x), args.eps / 255, args.step_size / 255, args.steps)
-    mark("attack")
-    natural = kl(forward(weights, blocks, x), target)
-    adversarial = kl(forward(weights, blocks, x_adv), target)
-    return (1 - args.alpha) * natural + args.alpha * adversarial, natural, adversarial
+    for epoch in range(len(rows), epochs):
+        begun = time.monotonic()
+        torch.manual_seed(args.seed * 10**6 + epoch)  # a run that was stopped goes on as it would
+        rng = random.Random(f"{args.seed} {epoch}")
+        step, epoch_of_step = divmod(epoch, epochs_of_step)
+        varies = steps[step]  # figure 4
+        if epoch_of_step == 0:
+            optimizer.state.clear()  # each step has its own momentum, warm-up and cosine
+            if "expand" in varies and not any("expand" in kinds for kinds in steps[:step]):
+                sort_channels(net, shared)  # from here on students keep a block's first channels
+        order = torch.randperm(len(data["train"])).to(device)
+        losses = torch.zeros(batches, 3, device=device)
+        for i in range(batches):
+            x = augment(data["train"][order[i * batch : (i + 1) * batch]])
+            student = sample(net, rng, varies, base)  # another one in each iteration
+            network = Network(net, shared, student)
+            with precision:
+                with torch.no_grad():
+                    target = teacher(x).log_softmax(1)  # log T(x), (B, classes)
+
+                # L_max of equation 2; where student and teacher agree, as they do at first, the
+                # gradient of the KL is zero: so PGD starts a little beside x.
+                noise = 0.001 * torch.randn_like(x)
+                x_adv = pgd(network, x, lambda logits: kl(logits, target), noise, *attack)
+
+                # L_min of equation 2, by the batch's statistics: running ones would mix students.
+                natural, adversarial = kl(network(x), target), kl(network(x_adv), target)
+                loss = (1 - args.alpha) * natural + args.alpha * adversarial
+
+            share = (epoch_of_step + (i + 1) / batches) / epochs_of_step  # of the step
+            cosine = (1 + math.cos(math.pi * share)) / 2  # from 1 to 0 in each step
+            optimizer.param_groups[0]["lr"] = args.lr * min(share / args.warmup, cosine)
+            optimizer.zero_grad()  # to None: what the student lacks keeps still, decay and all
+            loss.backward()  # through the slices into the shared weights (equation 3)
+            optimizer.step()
+            losses[i] = torch.stack([loss, natural, adversarial]).detach()
+            if time.monotonic() - said > 10:
+                said = time.monotonic()
+                left = (said - begun) / (i + 1) * (batches * (epochs - epoch) - i - 1) / 60
+                print(f"  {epoch + 1}: {i + 1}/{batches}, {left:.1f} minutes left", flush=True)
+
+        means = losses.mean(0).tolist()
+        if not math.isfinite(sum(means)):
+            fail(f"the loss is not finite in epoch {epoch + 1}: --restart with a lower --lr")
+        row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
+        row |= zip(("loss", "natural_kl", "adversarial_kl"), means)
+        for name, student in looks.items():
+            natural, robust = accuracies(Network(net, shared, student), data, args)
+            row |= {f"natural_{name}": natural, f"robust_{name}": robust}
+        rows.append({**row, "seconds": time.monotonic() - begun})
+        print(", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()), flush=True)
+        write_csv(log, rows)
+        if time.monotonic() - saved > SAVE_SECONDS:
+            saved = time.monotonic()
+            save(state, settings, weights=shared, sgd=optimizer.state_dict(), rows=rows, best=None)
+    save(checkpoint, settings, weights=moved(shared, "cpu"))
+    state.unlink(missing_ok=True)
+    table = [{"held-out images": name, "natural": row[f"natural_{name}"],
+              f"PGD-{args.steps}": row[f"robust_{name}"]} for name in looks]
+    finish(args, table, [checkpoint, log], following)
 
 @torch.no_grad()
-def sort_channels(shared: dict[str, Tensor], net: Net):
-    """Order every block's middle channels by importance, the L1 norm of the weights that read them, so that a smaller
-    expansion keeps the important ones. The largest network computes what it did before."""
-    for block in blocks_of(net, student_at(net, -1)):
-        if len(block.main) == 3:
-            reduce, middle, last = block.main
-            order = shared[f"{last.name}.conv.weight"].abs().sum((0, 2, 3)).argsort(descending=True)
-            # (layer, dimension to reorder): 0 are its outputs, with bias and batch norm; 1 its inputs.
-            places = [(reduce, 0), (middle, 0), (last, 1), *zip(block.gate, (1, 0))]
-            for layer, dim in places + ([(middle, 1)] if middle.groups == 1 else []):
-                for part in ("conv.weight", *(layer.tail if dim == 0 else ())):
-                    weight = shared[f"{layer.name}.{part}"]
-                    weight.copy_(weight.index_select(dim, order))
+def sort_channels(net, shared):
+    """Order each block's middle channels by importance, the L1 norm of the weights that read them,
+    so that smaller expansions keep the important ones. The largest network's function stays."""
+    for block in [gene.removeprefix("expand_") for gene in net["genes"] if "expand" in gene]:
+        order = shared[f"{block}_last"].abs().sum((0, 2, 3)).argsort(descending=True)
+        made_by = ["reduce", "reduce_scale", "reduce_shift", "middle", "middle_scale",
+                   "middle_shift", "excite", "excite_bias"]
+        for dim, parts in enumerate([made_by, ["middle", "last", "squeeze"]]):
+            for name in [f"{block}_{part}" for part in parts]:
+                if name in shared and shared[name].shape[dim] > 1:  # 1: of a depthwise convolution
+                    shared[name].copy_(shared[name].index_select(dim, order))
 
-def train_students(args, name: str, teacher, fixed: tuple, shared: dict[str, Tensor], data: dict) -> dict:
-    """Distil the teacher, logits = teacher(x), into sampled students or the fixed one, in place; the log's last row."""
-    progressive = args.sampling == "progressive"
-    def losses_of(step, position, x, _, mark):
-        if position == 0 and step == (2 if progressive else 0) and not fixed and "sorting" not in args.without:
-            sort_channels(shared, args.net)  # expansions vary from here on
-        rng = random.Random(f"{args.seed} {step} {position % 8 if args.bench else position}")  # timed as counted
-        blocks = blocks_of(args.net, fixed or sample(args.net, rng, STEPS[step if progressive else -1]))
-        weights = slice_weights(shared, blocks, args.dtype)
-        with torch.no_grad():
-            target = teacher(x).log_softmax(1)
-        mark("teacher")
-        return rslad_loss(weights, blocks, x, target, args, mark)
-    def look(epoch):  # at the largest, a middle (all second choices) and the smallest student, on held-out images
-        accuracy, due = {}, epoch % args.val_every == 0 or epoch == 3 * args.epochs
-        images, labels = (data[name][:args.val_images] for name in ("held_out", "held_out_labels"))
-        sizes = {"student": None} if fixed else {"largest": -1, "middle": 1, "smallest": 0}
-        for size, place in sizes.items() if due else ():
-            student = fixed or student_at(args.net, place)
-            predict = calibrated(shared, args.net, student, data["train"][:args.calibration_images])
-            found = judge(predict, images, labels, args.eps / 255, args.step_size / 255, args.steps)
-            for name, right in zip(("natural", "robust"), found):
-                accuracy[f"{name}_{size}"] = right.float().mean().item()
-        return accuracy
-    columns, rounds = ("loss", "natural_kl", "adversarial_kl"), (1, 3 * args.epochs) if fixed else (3, args.epochs)
-    return training_loop(args, name, shared, data, *rounds, columns, losses_of, look)
-
-# ---- The dynamic network: genes -> layers -> a slice of the shared weights -> logits ---------------------------------
-# {gene: its choices, smallest first}, in the order of a genotype; what switches each gene on, for canonical(); and for
-# each block of the largest student the places of the genes that it depends on, and {their values: the Block, or None
-# where they switch it off}. Chapter 1 makes it, the others read it.
-Net = namedtuple("Net", "genes switches blocks")
-# A convolution (a linear layer is a 1x1 one; kernel 0: none), the weights behind it (batch norm, a bias or none) and
-# its activation.
-BN = ("bn.weight", "bn.bias")
-Layer = namedtuple("Layer", "name inp out kernel stride groups tail act", defaults=(1, 1, 1, BN, "relu"))
-# act(main(x) + shortcut(x)): shortcut None is none, () the identity. gate, squeeze-and-excitation, scales what the last
-# layer of main reads. pool: global average pooling first.
-Block = namedtuple("Block", "main shortcut gate act pool", defaults=(None, (), "none", False))
-ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu_, "hswish": F.hardswish, "hsigmoid": F.hardsigmoid}
-
-def canonical(net: Net, student: tuple) -> tuple:
-    """The one genotype of a student: genes of blocks that its depth genes switch off are 0. A switch is the place of a
-    depth gene and the value from which it is on; (0, 0), always on, for most genes."""
-    return tuple([gene if student[place] >= least else 0 for gene, (place, least) in zip(student, net.switches)])
-
-def student_at(net: Net, place: int) -> tuple:
-    """The student with every gene at this place of its choices: -1 is the largest, the teacher; 0 the smallest."""
-    return canonical(net, tuple(choices[place] for choices in net.genes.values()))
-
-def sample(net: Net, rng: random.Random, kinds: tuple = ("depth", "width", "kernel", "expand")) -> tuple:
-    """A student whose genes of these kinds are drawn uniformly, the others being the largest."""
-    return canonical(net, tuple(rng.choice(choices) if name.split("_")[0] in kinds else choices[-1]
-                                for name, choices in net.genes.items()))
-
-def student_from(net: Net, text: str) -> tuple:
-    """The student of --student, such as "w=1.0 d=1 e=0.25": a letter sets all genes of its kind (w, k, d, e; those of
-    them that lack the value take their next smaller one), a gene's own name that one; the others are the largest. Exits
-    if no gene has that name and choice."""
+def exported_network(path, x, classes):  # exits if it does not give images x a logit per class
+    logging.disable(logging.WARNING)  # torch.export would log a traceback
     try:
-        wanted, student = {name: float(value) for name, value in (word.split("=") for word in text.split())}, []
-        for name, value in wanted.items():  # raises, unless there is such a gene
-            next(name for gene, choices in net.genes.items() if name in (gene, gene[0]) and value in choices)
-        for gene, choices in net.genes.items():
-            value = wanted.get(gene, wanted.get(gene[0], choices[-1]))
-            student.append(max(choice for choice in choices if choice <= value))
-    except (ValueError, StopIteration):
-        kinds = ", ".join(f"{gene} of {choices}" for gene, choices in net.genes.items())
-        fail(f'--student "{text}": write it like "w=1.0 d=1 e=0.25"; genes are {kinds}')
-    return canonical(net, tuple(student))
+        network = torch.export.load(path).module().to(x.device)
+        network(x).view(len(x), classes)
+    except Exception as error:  # of many kinds
+        fail(f"--teacher {path}: {len(x)} images, {classes} logits: {str(error).splitlines()[0]}")
+    return network
 
-def blocks_of(net: Net, student: tuple) -> tuple[Block, ...]:
-    """The student's network, from the input image to the logits."""
-    found = [variants[tuple([student[place] for place in places])] for places, variants in net.blocks]
-    return tuple([block for block in found if block])
+SAVE_SECONDS = 60  # at least, from one state to the next; each is written at the end of an epoch
+def resume(path, settings, shared, optimizer):
+    """Go on from a state: weights and momentum in place; returns the log's rows and the best."""
+    state = load(path, settings)
+    for name, weight in shared.items():
+        weight.data.copy_(state["weights"][name])
+    optimizer.load_state_dict(state["sgd"])
+    print(f"continuing {path} after epoch {len(state['rows'])}", flush=True)
+    return state["rows"], state["best"]
 
-def layers(blocks: tuple) -> list[Layer]:
-    """All layers of a network."""
-    return [layer for block in blocks for layer in (*block.main, *block.gate, *(block.shortcut or ()))]
+# ---- The network: genotype -> slices of the shared weights -> logits -----------------------------
+def divisible(channels):
+    """The nearest multiple of 8 that is at least 8 and not below 90 % of `channels`."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
 
-def slice_weights(shared: dict[str, Tensor], blocks: tuple, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """A student's weights: leading channels of the shared ones, transformed centres of kernels; convolutions packed,
-    channels last (1.2 times as fast as channels first), and in `dtype`, if given."""
-    weights = {}
-    for layer in layers(blocks):
-        if layer.kernel:
-            weight = shared[f"{layer.name}.conv.weight"][:layer.out, :layer.inp // layer.groups]
-            while weight.shape[-1] > layer.kernel:  # 7x7 -> 5x5 -> 3x3, each by the layer's own learned matrix
-                k = weight.shape[-1] - 2
-                centre = weight[:, :, 1:-1, 1:-1].reshape(-1, k * k)
-                weight = (centre @ shared[f"{layer.name}.to{k}"]).view(layer.out, 1, k, k)
-            weights[f"{layer.name}.conv.weight"] = weight.contiguous(memory_format=torch.channels_last)
-        weights |= {f"{layer.name}.{part}": shared[f"{layer.name}.{part}"][:layer.out] for part in layer.tail}
-    if dtype:
-        weights = {name: weight.to(dtype) if ".conv." in name else weight for name, weight in weights.items()}
-    return weights
+def canonical(net, student):
+    """The one genotype of a student: genes of blocks that its depths switch off are 0."""
+    chosen = dict(zip(net["genes"], student))
+    off = [gene for gene, (depth, least) in net["switches"].items() if chosen[depth] < least]
+    return tuple((chosen | dict.fromkeys(off, 0)).values())
 
-def walk(blocks: tuple, x: Tensor, run) -> Tensor:
-    """x (B, 3, H, W) -> logits (B, classes); run(layer, x) computes one layer."""
-    for block in blocks:
-        y = x = x.mean((2, 3), keepdim=True) if block.pool else x
-        for layer in block.main[:-1]:
-            y = run(layer, y)
-        if block.gate:
-            squeeze, excite = block.gate
-            y = y * run(excite, run(squeeze, y.mean((2, 3), keepdim=True)))
-        y = run(block.main[-1], y)
-        if block.shortcut:
-            x = run(block.shortcut[0], F.avg_pool2d(x, x.shape[-1] // y.shape[-1] // block.shortcut[0].stride))
-        x = ACTIVATIONS[block.act](y if block.shortcut is None else y + x)
-    return x.flatten(1)
+def student_at(net, place):
+    """The student that takes this choice of every gene: -1 the largest, 0 the smallest."""
+    return canonical(net, [choices[place] for choices in net["genes"].values()])
 
-def forward(weights: dict, blocks: tuple, x: Tensor, stats: dict | None = None, momentum: float = 0.0) -> Tensor:
-    """Logits (B, classes) of a student for images x (B, 3, 32, 32) in [0, 1]. Without `stats`, {layer: (mean, var)},
-    each batch norm uses its batch's statistics, as in training; with them these, frozen; with a momentum too, its
-    batch's again, while `stats` are updated in place (calibration). In bf16 are convolutions alone."""
-    def run(layer, x):
-        conv, bn = f"{layer.name}.conv", f"{layer.name}.bn"
-        if layer.kernel:
-            x = F.conv2d(x, weights[f"{conv}.weight"], weights.get(f"{conv}.bias"), layer.stride, layer.kernel // 2, 1,
-                         layer.groups)
-        if layer.tail == BN:
-            mean, var = stats[layer.name] if stats else (None, None)
-            x = F.batch_norm(x, mean, var, weights[f"{bn}.weight"], weights[f"{bn}.bias"], not stats or momentum > 0,
-                             momentum)
-        return ACTIVATIONS[layer.act](x)
-    dtype = weights[f"{blocks[0].main[0].name}.conv.weight"].dtype
-    return walk(blocks, x.to(dtype).contiguous(memory_format=torch.channels_last), run).to(x.dtype)
+def sample(net, rng, varies="", base=()):
+    """A student: genes of kinds that vary (by default all) at random, the others of `base`."""
+    genes = zip(net["genes"].items(), base or student_at(net, -1))
+    return canonical(net, [rng.choice(choices) if gene.startswith(varies) else kept
+                           for (gene, choices), kept in genes])
 
-# ---- Attack and judgement --------------------------------------------------------------------------------------------
-def pgd(predict, x: Tensor, loss, start: Tensor, eps: float, step_size: float, steps: int) -> Tensor:
-    """Projected gradient ascent (Madry et al., 2018), the inner maximisation of equation 1: climbs loss(predict(x'))
-    from x + start by signed steps, within |x' - x| <= eps and [0, 1]. Images are (B, 3, 32, 32), 1 is white."""
+def named_student(args, net):
+    """The student of this name in 01_students.csv or in a search's 05_best.csv."""
+    students = net["students"]
+    for path in args.out.glob("05_search*.pt"):
+        students |= load(path, net["settings"])["students"]
+    return students.get(args.student) or fail(f"choose --student from {', '.join(students)}")
+
+class Network:
+    """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. A layer's weight is
+    the leading slice of the shared one that its inputs and outputs ask for, taken once and kept for
+    all steps of an attack and the loss after them; gradients flow back through it. Batch norm has
+    the batch's statistics, as in training, until the student is calibrated."""
+    def __init__(self, net, weights, student):
+        self.net, self.shared = net, weights
+        self.choice = dict(zip(net["genes"], student))
+        self.slices, self.stats = {}, {}  # {name: part of a weight}, {name: (mean, variance)}
+        self.averaging = 0.0  # while it is calibrated: the weight of the next batch
+
+    def __call__(self, x):
+        x = x.contiguous(memory_format=torch.channels_last)  # a fifth faster than channels first
+        x = self.mobilenet(x) if "kernel" in self.net else self.resnet(x)
+        return self.conv("classifier", x, self.net["classes"], bias=True).flatten(1).float()
+
+    def resnet(self, x):
+        """Dyn-ResNet50, from images to the pooled map (B, C, 1, 1)."""
+        net, choice = self.net, self.choice
+        mid = divisible(divisible(net["stem"] * choice["width_mid"]) // 2)
+        stem = divisible(net["stem"] * choice["width_stem"])
+        x = F.relu_(self.conv_bn("stem_1", x, mid, 3, net["stem_stride"]))
+        if choice["depth_stem"] > 0:
+            x = x + F.relu_(self.conv_bn("stem_2", x, mid, 3))
+        x = F.relu_(self.conv_bn("stem_3", x, stem, 3))
+        for i, (channels, blocks, stride) in enumerate(net["stages"], 1):
+            out = divisible(channels * choice[f"width_{i}"])
+            for j in range(1, blocks + choice[f"depth_{i}"] + 1):
+                middle = divisible(round(out * choice[f"expand_{i}_{j}"]))
+                y = F.relu_(self.conv_bn(f"{i}_{j}_reduce", x, middle))
+                y = F.relu_(self.conv_bn(f"{i}_{j}_middle", y, middle, 3, stride if j == 1 else 1))
+                y = self.conv_bn(f"{i}_{j}_last", y, out)
+                if j == 1:  # the first block of a stage changes the shape
+                    x = self.conv_bn(f"{i}_{j}_shortcut", F.avg_pool2d(x, stride), out)
+                x = F.relu_(x + y)
+        return x.mean((2, 3), keepdim=True)
+
+    def mobilenet(self, x):
+        """Dyn-MobileNetV3, from images to the pooled features (B, C, 1, 1)."""
+        net, choice = self.net, self.choice
+        x = F.hardswish(self.conv_bn("stem", x, net["stem"], 3, net["stem_stride"]))
+        y = F.relu_(self.conv_bn("0_1_middle", x, net["stem"], 3, depthwise=True))
+        x = x + self.conv_bn("0_1_last", y, net["stem"])
+        for i, (out, stride, activation, gated) in enumerate(net["stages"], 1):
+            act = F.hardswish if activation == "hardswish" else F.relu_
+            for j in range(1, choice[f"depth_{i}"] + 1):
+                name, kernel, step = f"{i}_{j}", choice[f"kernel_{i}_{j}"], stride if j == 1 else 1
+                middle = divisible(round(x.shape[1] * choice[f"expand_{i}_{j}"]))
+                y = act(self.conv_bn(f"{name}_reduce", x, middle))
+                y = act(self.conv_bn(f"{name}_middle", y, middle, kernel, step, depthwise=True))
+                if gated:  # squeeze-and-excitation
+                    gate, squeezed = y.mean((2, 3), keepdim=True), divisible(middle // 4)
+                    gate = F.relu_(self.conv(f"{name}_squeeze", gate, squeezed, bias=True))
+                    y = y * F.hardsigmoid(self.conv(f"{name}_excite", gate, middle, bias=True))
+                y = self.conv_bn(f"{name}_last", y, out)
+                x = x + y if x.shape[1:] == y.shape[1:] else y
+        x = F.hardswish(self.conv_bn("head_1", x, net["head"][0]))
+        return F.hardswish(self.conv("head_2", x.mean((2, 3), keepdim=True), net["head"][1]))
+
+    def conv_bn(self, name, x, *sizes, **options):
+        x, stats = self.conv(name, x, *sizes, **options), f"{name}_stats"
+        scale, shift = (self.vector(f"{name}_{part}", x.shape[1]) for part in ("scale", "shift"))
+        if self.averaging and stats not in self.stats:
+            self.stats[stats] = torch.zeros(2, x.shape[1], device=x.device)
+        mean, variance = self.stats.get(stats, (None, None))
+        of_batch = mean is None or self.averaging > 0
+        return F.batch_norm(x, mean, variance, scale, shift, of_batch, self.averaging)
+
+    def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
+        """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
+        if name not in self.slices:
+            weight = self.shared[name][:out, : 1 if depthwise else x.shape[1]]
+            while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
+                side = weight.shape[-1] - 2
+                centre = weight[:, :, 1:-1, 1:-1].reshape(out, side * side)
+                weight = (centre @ self.shared[f"{name}_to{side}"]).view(out, 1, side, side)
+            self.slices[name] = weight.contiguous(memory_format=torch.channels_last)
+        bias, groups = self.vector(f"{name}_bias", out) if bias else None, out if depthwise else 1
+        return F.conv2d(x, self.slices[name], bias, stride, kernel // 2, groups=groups)
+
+    def vector(self, name, size):
+        if name not in self.slices:
+            self.slices[name] = self.shared[name][:size]
+        return self.slices[name]
+
+@torch.no_grad()
+def calibrated(network, images, batch=250):
+    """The student as it is judged and exported: with batch-norm statistics of its own, from uint8
+    training images. What reaches a layer depends on the student, so none would suit all."""
+    for i, x in enumerate(images.split(batch)):
+        network.averaging = len(x) / (i * batch + len(x))  # a plain average
+        network(x / 255)
+    network.averaging = 0.0
+    return network
+
+# ---- Attack and judgement ------------------------------------------------------------------------
+def pgd(network, x, loss, start, eps, step_size, steps):
+    """Projected gradient ascent (Madry et al., 2018), the inner maximisation of equation 1: signed
+    steps from x + start up loss(network(x')), within |x' - x| <= eps and 0 <= x' <= 1."""
     x_adv = (x + start).clamp(0, 1)
     for _ in range(steps):
         x_adv.requires_grad_()
-        gradient, = torch.autograd.grad(loss(predict(x_adv)), x_adv)
+        with torch.enable_grad():  # of x alone: autograd computes none of the weights'
+            (gradient,) = torch.autograd.grad(loss(network(x_adv)), x_adv)
         x_adv = x_adv.detach() + step_size * gradient.sign()
-        x_adv = torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp(0, 1)
+        x_adv = (x + (x_adv - x).clamp(-eps, eps)).clamp(0, 1)
     return x_adv
 
-def kl(logits: Tensor, target: Tensor) -> Tensor:
-    """KL(target || softmax(logits)), mean over images; logits and the log-probabilities `target` are (B, classes)."""
+def kl(logits, target):
+    """KL(target || softmax(logits)), mean over images; target holds log-probabilities (B, C)."""
     return F.kl_div(F.log_softmax(logits, 1), target, reduction="batchmean", log_target=True)
 
-def calibrated(shared: dict, net: Net, student: tuple, images: Tensor, dtype: torch.dtype | None = None, batch=250):
-    """The student as it is judged and exported: logits = predict(x), with its own frozen batch-norm statistics,
-    averages over uint8 training images (N, 3, 32, 32): no shared statistics would suit every student."""
-    blocks = blocks_of(net, student)
-    weights = {name: weight.detach() for name, weight in slice_weights(shared, blocks, dtype).items()}
-    stats = {layer.name: (torch.zeros(layer.out, device=images.device), torch.ones(layer.out, device=images.device))
-             for layer in layers(blocks) if layer.tail == BN}
-    with torch.no_grad():
-        for i, x in enumerate(images.split(batch)):
-            forward(weights, blocks, x / 255, stats, momentum=len(x) / (i * batch + len(x)))  # a plain average
-    return functools.partial(forward, weights, blocks, stats=stats)
-
-def judge(predict, images: Tensor, labels: Tensor, eps: float, step_size: float, steps: int, batch: int = 250):
-    """(natural, robust): which uint8 images are classified right, and which still are after PGD; bool (N,) each. PGD
-    climbs the cross-entropy from a uniform start in the ball (FGSM, with one step, from the image): the same start for
-    all images, so that the answer for one depends neither on its place nor on the batch."""
-    noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(images.device)
-    start = (2 * noise - 1) * (eps if steps > 1 else 0)
-    natural, robust = torch.zeros(2, len(images), dtype=torch.bool, device=images.device)
-    for first in range(0, len(images), batch):
-        x, y = images[first:first + batch] / 255, labels[first:first + batch]
-        with torch.no_grad():
-            right = natural[first:first + batch] = predict(x).argmax(1) == y
-        if right.any():
-            x, y = x[right], y[right]  # the others are lost already
-            x_adv = pgd(predict, x, lambda logits: F.cross_entropy(logits, y), start, eps, step_size, steps)
-            with torch.no_grad():
-                robust[first:first + batch][right] = predict(x_adv).argmax(1) == y
+@torch.no_grad()
+def judge(network, images, labels, eps, step_size, steps, batch=100):
+    """(natural, robust), bool (N,): which uint8 images are right, and which still are after PGD on
+    the cross-entropy. It starts at one place of the ball for all: no answer depends on the batch.
+    FGSM, which is PGD of one step, starts at the image."""
+    noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    start = (2 * noise.to(images.device) - 1) * (eps if steps > 1 else 0)
+    natural = torch.cat([network(x / 255).argmax(1) for x in images.split(batch)]) == labels
+    robust = torch.zeros_like(natural)
+    for pick in natural.nonzero()[:, 0].split(batch):
+        pick = pick.repeat(batch // len(pick) + 1)[:batch]  # filled up: cuDNN meets one shape
+        x, y = images[pick] / 255, labels[pick]
+        x_adv = pgd(network, x, lambda z: F.cross_entropy(z, y), start, eps, step_size, steps)
+        robust[pick] = network(x_adv).argmax(1) == y
     return natural, robust
 
-# ---- Data: every image is decoded once, and lives on the device as uint8 ---------------------------------------------
-def data_file(args) -> Path:
-    """The cache of --dataset's images, which chapter 1 writes; another one when a folder gains or loses files."""
-    mark = f"-{args.seed}" if args.dataset == "toy" else ""
-    if args.dataset not in ("cifar10", "cifar100", "toy"):
-        found = [(str(path), path.stat().st_mtime_ns) for path in sorted(Path(args.dataset).resolve().glob("t*/*/"))]
-        mark = f"-{zlib.crc32(repr(found).encode()):08x}"
-    return args.data_dir / f"{args.name}{mark}.pt"
+def accuracies(network, data, args):
+    """(natural, robust) accuracy of a student, shares of 1, on held-out training images."""
+    calibrated(network, data["train"][: args.calibration_images])
+    images, labels = data["held_out"][: args.val_images], data["held_out_labels"][: args.val_images]
+    right = judge(network, images, labels, args.eps / 255, args.step_size / 255, args.steps)
+    return [part.double().mean().item() for part in right]
 
-def load_data(args) -> dict[str, Tensor]:
-    """{train, held_out, test}, uint8 (N, 3, 32, 32), and {train, held_out, test}_labels, (N,), on --device; held_out is
-    a tenth of the training images. Adds the number of classes to the settings."""
-    path = need(args, data_file(args), "01_dynamic_net.py")
-    content = load(path, {})
-    data = {name: part.to(args.device) for name, part in content.items() if torch.is_tensor(part)}
-    for name in ("train", "held_out", "test"):
-        images, labels = (data.get(key, torch.empty(1)) for key in (name, f"{name}_labels"))
-        if (images.dtype, images.shape, labels.dtype) != (torch.uint8, (len(labels), 3, 32, 32), torch.int64) or not (
-                labels.numel() and 0 <= labels.min() and labels.max() < content["classes"]):
-            fail(f"{path} does not hold {name} images and their labels: delete it to have it made anew")
-    args.common["classes"] = args.settings["classes"] = content["classes"]
-    return data
+# ---- Data ----------------------------------------------------------------------------------------
+def load_images(args, net, device):
+    """{train, held_out, test}: uint8 (N, 3, 32, 32), {...}_labels: (N,), and the classes' names."""
+    images = load(args.out / "01_images.pt", args.common)
+    if images["mark"] != net["settings"]["data"]:
+        fail("01_images.pt and 01_dynamic_net.pt are of different images: --restart chapter 1")
+    return moved(images, device)
 
-def augment(images: Tensor) -> Tensor:
-    """Crop (4 pixels of black around) and flip uint8 images (B, 3, 32, 32), each its own way; float in [0, 1]."""
+def augment(images):
+    """Uint8 images (B, 3, 32, 32), each cropped (4 black pixels around) and flipped its own way."""
     count, device = len(images), images.device
-    rows, columns = torch.arange(32, device=device) + torch.randint(9, (2, count, 1), device=device)
-    columns = torch.where(torch.rand(count, 1, device=device) < 0.5, columns.flip(1), columns)
-    padded = F.pad(images, (4, 4, 4, 4)).permute(0, 2, 3, 1)
-    number = torch.arange(count, device=device)
-    return padded[number[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2) / 255
+    crops = F.pad(images, (4, 4, 4, 4)).unfold(2, 32, 1).unfold(3, 32, 1)  # (B, 3, 9, 9, 32, 32)
+    row, column = torch.randint(9, (2, count), device=device)
+    x = crops[torch.arange(count, device=device), :, row, column] / 255
+    return torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
 
-# ---- Training: the loop, the log, a state to continue from, and --bench ----------------------------------------------
-BENCH = {"action": "store_true", "help": "time a few iterations, say where the time goes, and stop"}
-PRECISION = {"choices": ("fp32", "bf16"), "help": "of convolutions in training; default: bf16 on a GPU and, for the "
-             "paper's Dyn-ResNet50, on a CPU that has bf16 instructions, else fp32"}
-
-def conv_dtype(args) -> torch.dtype:
-    """The type of convolutions in training: --precision, or whichever is faster here."""
-    large = (args.common["net"], args.preset == "tiny") == ("resnet50", False)
-    bf16_is_faster = args.device.type == "cuda" or large and torch.cpu._is_avx512_bf16_supported()
-    args.precision = args.settings["precision"] = args.precision or ("bf16" if bf16_is_faster else "fp32")
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
-
-def training_loop(args, name: str, shared: dict, data, rounds: int, epochs: int, columns, losses_of, look, best=""):
-    """The loop around losses_of(round, position, x, y, mark), whose first loss is descended, and look(epoch), which
-    judges. All randomness of an iteration comes from seed and number: a run that continues from its saved state is the
-    run that never stopped. Returns the log's last row, or weights and row of the epoch with the best `best`."""
-    batch = min(args.batch_size, len(data["train"]))
-    per_epoch = len(data["train"]) // batch  # an incomplete last batch is left out
-    length = epochs * per_epoch  # iterations of a round: a linear warm-up, a cosine to 0
-    losses = torch.zeros(per_epoch, len(columns), device=args.device)
-    optimizer = torch.optim.SGD(shared.values(), args.lr, args.momentum, weight_decay=args.weight_decay)
-    momentum = {f"{key}.momentum": torch.zeros_like(weight).detach() for key, weight in shared.items()}
-    for weight, buffer in zip(shared.values(), momentum.values()):
-        optimizer.state[weight]["momentum_buffer"] = buffer
-    tensors = {"losses": losses, **momentum, **{key: weight.detach() for key, weight in shared.items()}}
-    state, start = args.out / f"{name}_state.pt", time.monotonic()
-    done, rows, kept, seconds = 0, [], {}, 0.0
-    if state.exists() and not args.bench:
-        found = load(state, args.settings, {key: tensor.shape for key, tensor in tensors.items()})
-        for key, tensor in tensors.items():
-            tensor.copy_(found["weights"][key])
-        done, rows, kept, seconds = found["progress"]
-        print(f"continuing {state} after iteration {done}", flush=True)
-    meter, saved = Meter(args, rounds * length, "iterations", done), start
-    def save():
-        bad = (~losses.isfinite().all(1)).nonzero()
-        if len(bad):
-            fail(f"the loss is not finite in epoch {epoch}, iteration {bad[0].item() + 1}: --restart with a lower --lr "
-                 f"({state} is as it was before)")
-        progress = done, rows, kept, seconds + time.monotonic() - start
-        write(state, {"settings": args.settings, "weights": tensors, "progress": progress})
-    while done < rounds * length or args.bench:
-        epoch = done // per_epoch + 1
-        torch.manual_seed(args.seed * 10 ** 6 + epoch)
-        order = torch.randperm(len(data["train"])).to(args.device)
-        for i in range(done % per_epoch, per_epoch):
-            if time.monotonic() - saved > 60 * args.save_every and not args.bench:
-                saved = time.monotonic()
-                save()
-            position = done % length
-            if position == 0:  # a round is a run of its own
-                torch._foreach_zero_(list(momentum.values()))
-            share = (position + 1) / length
-            optimizer.param_groups[0]["lr"] = args.lr * min(share / args.warmup, (1 + math.cos(math.pi * share)) / 2)
-            torch.manual_seed(args.seed * 10 ** 9 + done)
-            pick = order[i * batch:(i + 1) * batch]
-            x, y = augment(data["train"][pick]), data["train_labels"][pick]
-            meter.mark("data")
-            found = losses_of(done // length, position, x, y, meter.mark)
-            optimizer.zero_grad()  # to None: layers that a student lacks are not touched, not even by weight decay
-            found[0].backward()
-            meter.mark("loss and backward")
-            optimizer.step()
-            losses[i] = torch.stack(found).detach()
-            done += 1
-            meter.lap("optimizer", batch, lambda: f"epoch {epoch}  loss {losses[i, 0]:.4f}")
-        if not args.bench:
-            rows.append({"epoch": epoch, **dict(zip(columns, losses.mean(0).tolist())),
-                         "lr": optimizer.param_groups[0]["lr"], **look(epoch),
-                         "seconds": seconds + time.monotonic() - start})
-            if best and rows[-1][best] > kept.get(best, -1):
-                kept = {"weights": {key: tensors[key].clone() for key in shared}, **rows[-1]}
-            print("  " + "  ".join(f"{key} {value:.4g}" for key, value in rows[-1].items()), flush=True)
-            write(args.out / f"{name}_log.csv", rows)  # first: stopped in between, the epoch is done, and logged, again
-            save()
-    return {**kept, "seconds": rows[-1]["seconds"]} if best else rows[-1]
-
-class Meter:
-    """Counts iterations (or students) and says, every 10 seconds, how long the rest will take. With --bench it times
-    them, part by part: 8 under PyTorch's FLOP counter, which warm up too, then 8 more; then the program ends."""
-    def __init__(self, args, total: int, unit: str, done: int):
-        self.args, self.total, self.unit, self.first, self.done = args, total, unit, done, done
-        self.start = self.said = self.last = time.perf_counter()
-        self.parts, self.laps, self.counter = {}, [], FlopCounterMode(display=False)
-        if args.bench:
-            self.counter.__enter__()
-    def mark(self, part: str):
-        """With --bench: the time since the last mark went into this part. Without, nothing waits for the device."""
-        if self.args.bench:
-            if self.args.device.type == "cuda":
-                torch.cuda.synchronize()
-            self.parts[part], self.last = time.perf_counter() - self.last, time.perf_counter()
-    def lap(self, part: str, images: int, say):
-        """`part` was the last of one over so many images. `say` is called, and waits for the device, when it is due."""
-        self.mark(part)
-        self.done, now = self.done + 1, time.perf_counter()
-        if self.args.bench:
-            self.laps.append(dict(self.parts))
-            if len(self.laps) == 8:
-                self.counter.__exit__(None, None, None)
-            if len(self.laps) == 16:
-                self.report(images, self.laps[8:])
-        elif self.done == self.first + 3 or now - self.said > 10:
-            minutes = (now - self.start) / (self.done - self.first) * (self.total - self.done) / 60
-            print(f"  {self.done}/{self.total} {self.unit}  {say()}  {minutes:.1f} minutes left", flush=True)
-            self.said = now
-    def report(self, images: int, laps: list[dict]):
-        """Where the time of a median lap goes, how fast it is beside a matrix product, and what the whole run takes."""
-        on_gpu = self.args.device.type == "cuda"
-        dtype, side = getattr(self.args, "dtype", torch.float32), 8192 if on_gpu else 1024
-        matrix = torch.rand(side, side, device=self.args.device, dtype=dtype)
-        peak = 2 * side ** 3 / min(timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=20))
-        rate = self.counter.get_total_flops() / sum(sum(lap.values()) for lap in laps)
-        lap = {part: torch.tensor([lap[part] for lap in laps]).median().item() for part in laps[0]}
-        whole = torch.tensor([sum(lap.values()) for lap in laps]).median().item()
-        finish(self.args, [{"part": name, "ms": 1e3 * s, "share": f"{s / whole:.0%}"} for name, s in lap.items()])
-        memory = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(0).ru_maxrss
-        print(f"{images / whole:.4g} images/s, {60 / whole:.4g} {self.unit}/minute on {self.args.device}, {dtype}; "
-              f"{rate / 1e12:.3g} TFLOP/s, {rate / peak:.0%} of a matrix product's here\n"
-              f"memory {memory / 2 ** 30:.3g} GiB at most; {self.total} {self.unit}: {self.total * whole / 3600:.3g} h")
-        raise SystemExit
-
-# ---- Files: the only thing that chapters share -----------------------------------------------------------------------
-def fail(message: str):
+# ---- Files: the only thing that chapters share; each is written whole or not at all --------------
+def fail(message):
     """One line on stderr, exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
-def write(path: Path, content):
-    """Write a checkpoint (a dict), a table (a list of rows) or bytes: the whole file, or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    if isinstance(content, dict):
-        torch.save(content, buffer := io.BytesIO())  # not to the file: a full disk would not be an OSError
-        content = buffer.getvalue()
-    elif isinstance(content, list):
-        lines = [columns := max(content, key=len), *([row.get(column, "") for column in columns] for row in content)]
-        content = "".join(",".join(map(str, line)) + "\n" for line in lines).encode()
+def write(path, content):
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
-def load(path: Path, settings: dict, expected: dict | None = None) -> dict:
-    """Read a checkpoint; exits if it is damaged, of other settings, or its weights are not the `expected` {name: shape}
-    in float32. Checksums are compared (testzip names a bad part), no code in it is run, tensors stay on the disk."""
-    try:
-        content = zipfile.ZipFile(path).testzip() or torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        other = [f"{name} {content['settings'].get(name)}, not {value}" for name, value in settings.items()
-                 if content["settings"].get(name) != value]
-        found = {name: (weight.shape, weight.dtype) for name, weight in content.get("weights", {}).items()}
-    except Exception as error:  # torch.load raises many kinds
-        fail(f"{path} is cut short or not one of our files ({type(error).__name__}): delete it to have it made anew")
-    if other:
-        fail(f"{path} was made with {'; '.join(other)}: take another --out, or make it anew with --restart")
-    if expected and found != {name: (shape, torch.float32) for name, shape in expected.items()}:
-        fail(f"{path} does not hold the weights of this network: delete it to have it made anew")
-    return content
+def write_csv(path, rows):
+    """Write a table, rows of the same columns."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, rows[0], lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write(path, text.getvalue().encode())
 
-def read_net(args) -> dict[str, Tensor]:
-    """The untrained weights of chapter 1; sets args.net, and args.shapes, {name: shape} of all shared weights."""
-    path = need(args, args.out / "01_dynamic_net.pt", "01_dynamic_net.py")
-    content = load(path, args.common)
-    def block(main, shortcut, gate, act, pool):
-        return Block(*(part and tuple(Layer(*layer) for layer in part) for part in (main, shortcut, gate)), act, pool)
-    try:
-        genes, switches, tables = content["net"]
-        args.net = Net(genes, switches, [(places, {values: found and block(*found) for values, found in table.items()})
-                                         for places, table in tables])
-        args.shapes = {name: part.shape for name, part in content["weights"].items()}
-        wanted = {f"{layer.name}.conv.weight": (layer.out, layer.inp // layer.groups, layer.kernel, layer.kernel)
-                  for layer in layers(blocks_of(args.net, student_at(args.net, -1))) if layer.kernel}
-        assert wanted == {name: shape for name, shape in args.shapes.items() if name.endswith("conv.weight")}
-    except Exception:  # many kinds, of a file that is not chapter 1's
-        fail(f"{path} does not hold a network: delete it to have it made anew")
-    return content["weights"]
+def save(path, settings, **content):
+    """Write tensors, numbers and words, with the settings that they were made with."""
+    buffer = io.BytesIO()
+    torch.save({"settings": {**settings, "file": path.name}, **content}, buffer)
+    write(path, buffer.getvalue())
 
-def lock(args, folder: Path, *old: Path):
-    """Keep other processes out of the folder until this one ends, in whatever way; with --restart, delete `old`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    args.locks[folder] = open(folder / ".lock", "a")
+def load(path, settings):
+    """What save() wrote, and `mark`, its checksum; exits if it is damaged or of other settings."""
     try:
-        fcntl.flock(args.locks[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"{folder} is in use by process {(folder / '.lock').read_text()}: wait for it, or take another folder")
-    (folder / ".lock").write_text(str(os.getpid()))
-    for path in old if args.restart else ():
-        path.unlink(missing_ok=True)
+        archive = zipfile.ZipFile(path)
+        if archive.testzip():
+            raise zipfile.BadZipFile
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        made_with = dict(content["settings"])
+    except OSError:
+        raise  # run_chapter() says why it could not be read
+    except Exception as error:  # of many kinds
+        fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
+    for name, value in {**settings, "file": path.name}.items():
+        if made_with.get(name) != value:
+            fail(f"{path}: {name} was {made_with.get(name)}, not {value}: --restart or other --out")
+    return {**content, "mark": zlib.crc32(repr([part.CRC for part in archive.infolist()]).encode())}
 
-# ---- Flags, and how chapters follow each other -----------------------------------------------------------------------
-SAMPLING = {"choices": ("progressive", "random"), "default": "progressive", "help": "how chapter 3 draws students"}
-STUDENT = {"metavar": '"w=1.0 d=1 e=0.25"', "help": "train this student alone, from scratch, for table 1: genes by "
-           "first letter, all alike, or by name; those that are not named are the largest"}
+def moved(content, device, learn=False):
+    """A copy with all tensors on the device, where they get gradients if they are to learn."""
+    return {name: part.detach().to(device, copy=True).requires_grad_(learn)
+            if torch.is_tensor(part) else part for name, part in content.items()}
 
-def read_flags(stage: dict, **others: dict) -> argparse.Namespace:
-    """The flags common to all chapters, the numbers of this one's `stage`, and other flags with their settings."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    common = {"dataset": {"default": "cifar10", "metavar": "cifar10|cifar100|toy|PATH",
-                          "help": "PATH: a folder with train/<class>/* and test/<class>/* images"},
-              "net": {"default": "resnet50", "metavar": "resnet50|mbv3|wrn34_10"},
-              "preset": {"choices": ("paper", "quick", "tiny"), "help": "default: paper, for toy tiny"},
-              "out": {"type": Path, "help": "folder of all chapters' files (default: runs/<dataset>-<net>)"},
-              "data_dir": {"type": Path, "default": Path("data"), "help": "folder of the cached images"},
-              "seed": {"type": int, "default": 0},
-              "device": {"help": "cpu, cuda or cuda:N (default: cuda if there is one)"}}
-    numbers = {name: {"type": type(paper), "help": f"{text} (presets: paper {paper:g}, quick {quick:g}, tiny {tiny:g})"}
-               for name, (paper, quick, tiny, text) in stage.items()}
-    parser.add_argument("--restart", action="store_true", help="start this chapter over")
-    for name, settings in {**common, **numbers, **others}.items():
-        parser.add_argument("--" + name.replace("_", "-"), **settings)
-    args = parser.parse_args(namespace=argparse.Namespace(bench=False, locks={}))
-    args.given = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in common
-                  if getattr(args, name) != parser.get_default(name)]
-    args.preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
-    for name, values in stage.items():
-        if getattr(args, name) is None:
-            setattr(args, name, values[("paper", "quick", "tiny").index(args.preset)])
-        if not 0 < getattr(args, name) < float("inf"):
-            fail(f"--{name.replace('_', '-')} must be above 0")
-    if not 0 <= args.seed <= 10 ** 6:
-        fail("--seed must be between 0 and a million")
-    args.name = Path(args.dataset).resolve().name
-    args.out = args.out or Path("runs", f"{args.name}-{args.net}")
-    args.common = {"dataset": data_file(args).stem, "net": args.net, "preset": args.preset}
-    kept = {key: getattr(args, key) for key in stage | others if key not in ("bench", "judge", "figures", "save_every")}
-    args.settings = {**args.common, "seed": args.seed, **kept}
-    try:
-        args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError):
-        fail(f"--device {args.device}: there is no such device here; --device cpu always works")
+# ---- Flags, and how chapters follow each other ---------------------------------------------------
+CHAPTERS = ["01_dynamic_net.py", "02_teacher_trades.py", "03_progressive_rslad.py",
+            "04_predictor.py", "05_nsga2.py"]
+PRESETS = ["paper", "quick", "tiny"]
+
+def read_flags(**others):
+    """All chapters' flags, others, and FLAGS; adds `given`, for the chapters that this one runs."""
+    parser = argparse.ArgumentParser(description=__doc__, add_help=False, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error, add = fail, parser.add_argument
+    add("--dataset", default="cifar10", help="cifar10, cifar100, toy, or a folder of images")
+    add("--net", choices=["resnet50", "mbv3"], default="resnet50")
+    add("--preset", choices=PRESETS, help="of all numbers below; default: paper, for toy tiny")
+    add("--out", type=Path, help="folder of all files; default: runs/<dataset>-<net>")
+    add("--seed", type=int, default=0)
+    add("--device", help="cpu, cuda or cuda:N; default: cuda if there is one")
+    args = parser.parse_known_args()[0]
+    given = [f"--{flag}={value}" for flag, value in vars(args).items()
+             if value != parser.get_default(flag)]
+    preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
+    for flag, settings in others.items():
+        add("--" + flag.replace("_", "-"), **settings)
+    for flag, (*values, _, text) in FLAGS.items():
+        value, text = values[PRESETS.index(preset)], f"{text} (presets: {values})"
+        add("--" + flag.replace("_", "-"), type=type(value), default=value, help=text)
+    add("--restart", action="store_true", help="start this chapter over")
+    add("-h", "--help", action="help")
+    args = parser.parse_args()
+    args.settings = {flag: getattr(args, flag) for flag in FLAGS}
+    for flag, value in args.settings.items():
+        if not 0 < value <= FLAGS[flag][3]:
+            fail(f"{flag} is {value}: it must be above 0 and at most {FLAGS[flag][3]}")
+    name, args.given = Path(args.dataset).resolve().name, given
+    args.out = args.out or Path("runs", f"{name}-{args.net}")
+    args.common = {"dataset": name, "net": args.net, "preset": preset, "seed": args.seed}
     return args
 
-def need(args, path: Path, script: str, *words: str) -> Path:
-    """The path of another chapter's file; if it is missing, that chapter runs first, with the same common flags."""
-    if not path.exists():
-        print(f"{path} is missing: running {script}\n", flush=True)
-        if subprocess.run([sys.executable, Path(__file__).with_name(script), *args.given, *words]).returncode:
-            raise SystemExit(2)  # it has said why, unless it was killed
-    return path
+def pick_device(args):
+    """(the device, autocast to bf16 where a GPU has it, words for both); exits if it is none."""
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # of many kinds
+        fail(f"--device {name}: {str(error).splitlines()[0]}")
+    bf16 = torch.cuda.is_initialized() and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    return device, precision, f"{device} in {'bf16' if bf16 else 'float32'}"
 
-def finish(args, rows: list[dict], wrote: tuple = (), following: str = ""):
-    """A table of aligned columns, what was written, and the command that comes next."""
-    lines = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    for line in [list(rows[0]), *lines] if rows else []:
-        print("".join(cell.rjust(2 + max(map(len, column))) for cell, *column in zip(line, rows[0], *lines)))
-    print(*(["wrote", *wrote] if wrote else []), end="\n" if wrote else "")
-    print(*([f"next: python {following} {shlex.join(args.given)}\n"] if following else []), end="")
+def run_missing(args, *files):
+    """Run the first chapters whose file is missing; being stopped stops the one that runs, too."""
+    for name, script in zip(files, CHAPTERS):
+        if not (args.out / name).exists():
+            print(f"{args.out / name} is missing: running {script}\n", flush=True)
+            command = [sys.executable, Path(__file__).resolve().with_name(script), *args.given]
+            command += [f"--sampling={args.sampling}"] if script > "03" else []
+            if subprocess.run(command).returncode:
+                raise SystemExit(2)  # it has said why
 
-def run_chapter(main):
-    """main(); Ctrl-C and a file that cannot be written end it with one line."""
+def finish(args, rows, wrote, following=""):
+    for line in [rows[0], *(row.values() for row in rows)] if rows else []:
+        print(*(f"{round(cell, 4) if isinstance(cell, float) else cell:>17}" for cell in line))
+    print("wrote", *wrote)
+    if following:
+        print("next: python", following, shlex.join(args.given))
+
+def run_chapter():
+    """main(); being stopped, or a file that cannot be read or written, ends it with one line."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a child is ended, too
+    sys.stdout.reconfigure(errors="replace")  # for letters that a terminal lacks
     try:
         main()
     except KeyboardInterrupt:
-        print("stopped; continue with: python", shlex.join(w for w in sys.argv if w != "--restart"), file=sys.stderr)
+        print("stopped; the same command, without --restart, goes on from here", file=sys.stderr)
         raise SystemExit(130)
     except OSError as error:
-        fail(f"{error.filename or 'a file'} could not be written: {error.strerror}")
-
-# ---- The chapter -----------------------------------------------------------------------------------------------------
-def read_teacher(args, data: dict) -> tuple:
-    """The largest student of --out or --teacher, perhaps of another network: (logits = teacher(x), frozen, with its own
-    batch-norm statistics; all weights). With --bench untrained weights will do: they take as long."""
-    other = argparse.Namespace(**vars(args) | {"out": Path(args.teacher or args.out)})
-    path = other.out / "02_teacher.pt"
-    if args.teacher:
-        other.common = {key: args.common[key] for key in ("dataset", "preset", "classes")}
-        if not path.exists():
-            fail(f"{path} is missing: --teacher is a folder in which 02_teacher_trades.py has trained a teacher")
-    weights = read_net(other)
-    if path.exists() or not args.bench:
-        weights = load(need(args, path, "02_teacher_trades.py"), other.common, other.shapes)["weights"]
-    weights, images = {key: weight.to(args.device) for key, weight in weights.items()}, data["train"]
-    largest = student_at(other.net, -1)
-    return calibrated(weights, other.net, largest, images[:args.calibration_images], args.dtype), weights
-
-def main():
-    args = read_flags(
-        STAGE, sampling=SAMPLING | {"choices": (*SAMPLING["choices"], "fixed")}, student=STUDENT, precision=PRECISION,
-        bench=BENCH, teacher={"metavar": "FOLDER", "help": "learn from the teacher there, starting at random"},
-        without={"nargs": "+", "default": [], "choices": ("start", "sorting"), "help": "random weights; no sorting"})
-    data, weights = load_data(args), read_net(args)
-    if not args.net.genes or (args.sampling == "fixed") != bool(args.student) or args.student and args.without:
-        fail('--sampling fixed and --student "..." go together, without --without, and need a network with genes')
-    args.dtype, fixed = conv_dtype(args), student_from(args.net, args.student) if args.student else ()
-    name = f"03_{args.sampling}" + (f"_{args.student}" if fixed else "").replace(" ", "").replace("=", "")
-    name += f"_{Path(args.teacher).resolve().name}" if fixed and args.teacher else ""
-    checkpoint, state = args.out / f"{name}.pt", args.out / f"{name}_state.pt"
-    following = "02_teacher_trades.py --judge" if fixed else f"04_predictor.py --sampling={args.sampling}"
-    if checkpoint.exists() and not args.restart and not args.bench:
-        load(checkpoint, args.settings, args.shapes)
-        state.unlink(missing_ok=True)
-        return finish(args, [], [f"{checkpoint} earlier (--restart makes it anew)"], following)
-    teacher, taught = read_teacher(args, data)
-    start = weights if fixed or args.teacher or "start" in args.without else taught
-    shared = {key: weight.to(args.device, copy=True).requires_grad_() for key, weight in start.items()}
-    print(f"RSLAD with {args.sampling} sampling, {len(data['train'])} images, 3 x {args.epochs} epochs", flush=True)
-    if not args.bench:
-        lock(args, args.out, checkpoint, state)
-    last = train_students(args, name, teacher, fixed, shared, data)
-    write(checkpoint, {"settings": args.settings, "students": {f"{args.student} by {args.teacher or 'teacher'}": fixed},
-                       "seconds": last["seconds"], "weights": {key: weight.detach() for key, weight in shared.items()}})
-    state.unlink(missing_ok=True)
-    rows = [{"held-out": key[8:], "natural": last[key], f"PGD-{args.steps}": last[f"robust_{key[8:]}"]}
-            for key in last if key.startswith("natural_") and key != "natural_kl"]
-    finish(args, rows, [checkpoint, args.out / f"{name}_log.csv"], following)
+        fail(f"{error.filename or 'a file'} could not be read or written: {error.strerror}")
 
 if __name__ == "__main__":
-    run_chapter(main)
+    run_chapter()

@@ -62,7 +62,8 @@ def main():
         fail("--test-students must be between 2 and --students less 2")
     data, shared = load_images(args, net, device), moved(trained["weights"], device)
 
-    measuring = {name: settings[name] for name in {*settings} - {"epochs", "test_students"}}
+    fitting = "epochs", "test_students"  # need no new measurements
+    measuring = {name: settings[name] for name in settings if name not in fitting}
     students = distinct_students(net, args)
     rows = load(state, measuring)["rows"] if state.exists() else []
     print(f"{args.students} students, PGD-{args.steps}, on {device} in float32", flush=True)

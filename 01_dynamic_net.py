@@ -9,7 +9,7 @@ are the leading slices of the shared ones, so a student costs nothing to make.
     shared  = random weights of the largest student
     for each student to look at:                                  # one choice for each gene
         slice  = shared[:its outputs, :its inputs], layer by layer
-        logits = network(slice, images)     # the same as a network of plain layers that copied it
+        logits = network(slice, images)     # the same as of a network that has this slice alone
         count its parameters and multiply-accumulates (MACs)
     the gradient of a student's loss flows through the slice into the shared weights
 
@@ -21,16 +21,15 @@ writes  01_images.pt        all images, which no later chapter reads from anywhe
         01_dynamic_net.pt   the network: genes, sizes, and the shared weights, drawn at random
         01_students.csv     a row for each student shown: its name, genes, parameters and MACs
 """
-import argparse, csv, io, math, os, random, shlex, signal, sys, warnings, zipfile, zlib
+import argparse, csv, hashlib, io, math, os, random, shlex, signal, sys, time, warnings, zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-FLAGS = {}  # flag: (paper, quick, tiny, at most, help); this chapter has none of its own
+FLAGS = {}  # flag: (paper, quick, tiny, least, most, help); this chapter has none of its own
 
 NETWORKS = {  # sections 4.3 and 5.0.1; "tiny" is of the same construction, for laptops and tests
     ("resnet50", "paper"): {
@@ -61,18 +60,20 @@ NETWORKS = {  # sections 4.3 and 5.0.1; "tiny" is of the same construction, for 
 def main():
     args = read_flags(data_dir={"type": Path, "default": Path("data"), "help": "for CIFAR's files"})
     checkpoint = args.out / "01_dynamic_net.pt"
-    if args.restart:
-        checkpoint.unlink(missing_ok=True)
-    if checkpoint.exists():
-        load(checkpoint, args.common)
-        return finish(args, [], [f"{checkpoint} earlier (--restart makes it anew)"], CHAPTERS[1])
-    print(f"the images of {args.dataset}, and {args.net} on the CPU in float32", flush=True)
+    if checkpoint.exists() and not args.restart:
+        print(load(checkpoint, args.common)["read"])
+        when = f"earlier, {time.ctime(checkpoint.stat().st_mtime)} (--restart reads anew)"
+        return finish(args, [], [checkpoint, when], CHAPTERS[1])
+    print(f"the images of {args.dataset}, and {args.net} on the CPU in float32")
     args.out.mkdir(parents=True, exist_ok=True)
     save(args.out / "01_images.pt", args.common, **read_images(args))
     images = load(args.out / "01_images.pt", args.common)
+    counts = ", ".join(f"{len(images[part])} {part}" for part in ("train", "held_out", "test"))
+    read = f"{args.dataset}: {counts} images; logits in this order: {', '.join(images['names'])}"
+    print(read)
     net = make_net(args.net, args.common["preset"], len(images["names"]))
     print(f"{len(net['genes'])} genes, {count_students(net):,} students")
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed % 2**63)
     shared, rng = random_weights(net), random.Random(args.seed)
     students = {"largest": student_at(net, -1), "smallest": student_at(net, 0), "usual": usual(net)}
     students |= {f"random_{number}": sample(net, rng) for number in range(1, 6)}
@@ -82,25 +83,26 @@ a student is one choice for each gene, 0 where its block is switched off; random
 depth: blocks of a stage (ResNet: beyond the least); width: channels, as a share of the largest's;
 kernel: side of a depthwise kernel; expand: channels inside a block, as a multiple of those outside
 """)
-    print("student     M parameters    M MACs  logits differ from a copy's in plain layers by")
-    rows = []
+    rows, table, x = [], [], images["test"][:8] / 255
     for name, student in students.items():
         network = Network(net, shared, student)
-        far = difference_from_copy(network)  # takes the slices, which are no MACs of the student
+        logits = network(x)
+        alone = Network(net, {key: part.clone() for key, part in network.slices.items()}, student)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            network(torch.zeros(1, 3, 32, 32))
+            network(x[:1])
         macs = counter.get_total_flops() // 2  # of one image; a multiply-accumulate is two
         params = sum(part.numel() for part in network.slices.values())
         genes = dict(zip(net["genes"], student))
         rows.append({"student": name, **genes, "params": params, "macs": macs})
-        print(f"{name:10}  {params / 1e6:12.4f}  {macs / 1e6:8.2f}  {far:.0e}")
+        table.append({"student": name, "M parameters": params / 1e6, "M MACs": macs / 1e6,
+                      "alone it differs": (alone(x) - logits).abs().max().item()})
     share = gradient_share(net, shared, students["smallest"], images, "1_1_last")
-    print(f"\nthe smallest student's gradient reaches {share:.0%} of the shared weight 1_1_last\n")
+    print(f"the smallest student's gradient reaches {share:.0%} of the shared weight 1_1_last\n")
     write_csv(args.out / "01_students.csv", rows)
     settings = args.common | {"data": images["mark"]}  # later chapters notice other images
-    save(checkpoint, settings, weights=shared, students=students, **net)
+    save(checkpoint, settings, weights=shared, students=students, read=read, **net)
     files = "01_images.pt", "01_students.csv", "01_dynamic_net.pt"
-    finish(args, [], [args.out / name for name in files], CHAPTERS[1])
+    finish(args, table, [args.out / name for name in files], CHAPTERS[1])
 
 def make_net(name, preset, classes):
     """What a network is beside its weights: sizes, {gene: choices, smallest first}, and switches,
@@ -150,8 +152,7 @@ def usual(net):
 
 def count_students(net):
     """How many genotypes the network holds, exactly (section 4.3; the paper estimates 2e19). Genes
-    of a block that is off do not count, so the forms of a stage add up over its depths. Some
-    genotypes are the same network, where channels round to the same multiple of 8."""
+    of a block that is off do not count, so the forms of a stage add up over its depths."""
     total = 1
     for gene, choices in net["genes"].items():
         if gene not in net["switches"]:
@@ -194,9 +195,8 @@ def sample(net, rng, varies="", base=()):
 
 class Network:
     """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. A layer's weight is
-    the leading slice of the shared one that its inputs and outputs ask for, taken once and kept for
-    all steps of an attack and the loss after them; gradients flow back through it. Batch norm has
-    the batch's statistics, as in training, until the student is calibrated."""
+    the leading slice of the shared one, taken once for an attack and the loss after it; gradients
+    flow back through it. Batch norm has the batch's statistics until the student is calibrated."""
     def __init__(self, net, weights, student):
         self.net, self.shared = net, weights
         self.choice = dict(zip(net["genes"], student))
@@ -277,31 +277,6 @@ class Network:
             self.slices[name] = self.shared[name][:size]
         return self.slices[name]
 
-class PlainCopy(Network):
-    """The student of another Network in ordinary layers of its sizes, which copy its slices."""
-
-    def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
-        groups = out if depthwise else 1
-        layer = nn.Conv2d(x.shape[1], out, kernel, stride, kernel // 2, groups=groups, bias=bias)
-        layer.weight.data = self.slices[name].clone()
-        if bias:
-            layer.bias.data = self.slices[f"{name}_bias"].clone()
-        return layer(x)
-
-    def conv_bn(self, name, x, *sizes, **options):
-        layer = nn.BatchNorm2d(sizes[0])
-        layer.weight.data = self.slices[f"{name}_scale"].clone()
-        layer.bias.data = self.slices[f"{name}_shift"].clone()
-        return layer(self.conv(name, x, *sizes, **options))
-
-@torch.no_grad()
-def difference_from_copy(network):
-    """Largest difference between a student's logits and those of its plain copy."""
-    x = torch.rand(8, 3, 32, 32)
-    copy = PlainCopy(network.net, {}, network.choice.values())
-    copy.slices = network.slices
-    return (network(x) - copy(x)).abs().max().item()
-
 class RandomWeights(Network):
     """Draws each shared weight when one of the largest student's layers first asks for it: He et
     al. (2015) for convolutions, identities for batch norm and kernel transforms."""
@@ -321,59 +296,78 @@ class RandomWeights(Network):
 
 # ---- Data ----------------------------------------------------------------------------------------
 def toy_images(count, seed):
-    """`count` pictures of stripes, their labels and classes' names: 3 widths x 3 orientations.
-
-    Phase, colours, contrast and noise are random, so no pixel tells the class (a linear classifier
-    fails), flips and crops keep it, and an attack of 8/255 overturns some images and not others.
-    """
+    """`count` pictures of stripes, labels and names: 3 widths x 3 orientations. Phase, colours and
+    noise are random: no pixel tells the class, and flips and crops keep it."""
     rng = np.random.default_rng(seed % 2**32)
     labels = rng.integers(0, 9, count)
-    slanted = rng.choice([-1, 1], count) * np.pi / 4
-    tilt = np.choose(labels % 3, [0 * slanted, 0 * slanted + np.pi / 2, slanted])
+    tilt = np.array([0, np.pi / 2, np.pi / 4])[labels % 3]
     frequency = 2 * np.pi / np.array([16, 8, 4.5])[labels // 3]  # radians per pixel
     y, x = np.mgrid[:32, :32][..., None]
     along = frequency * (np.cos(tilt) * x + np.sin(tilt) * y)  # (32, 32, N)
     stripes = np.sin(along + rng.uniform(0, 2 * np.pi, count)).transpose(2, 0, 1)[:, None]
     colour = rng.uniform(-0.4, 0.4, (count, 3, 1, 1))
-    images = rng.uniform(0.3, 0.7, (count, 3, 1, 1)) + colour * stripes
-    images += rng.normal(0, 0.04, images.shape)
+    images = rng.normal(0.5, 0.04, (count, 3, 32, 32)) + colour * stripes
     pixels = (255 * images.clip(0, 1)).astype(np.uint8)  # (N, 3, 32, 32)
     names = [f"{width} {way}" for width in ("wide", "medium", "narrow")
              for way in ("upright", "level", "slanted")]
     return torch.from_numpy(pixels), torch.from_numpy(labels), names
 
 def cifar_images(args, train):
-    """CIFAR-10 or CIFAR-100 by torchvision, which downloads and checks it; exits if it cannot."""
+    """CIFAR-10 or CIFAR-100 by torchvision, which downloads it; exits if it cannot."""
     from torchvision import datasets
 
     source = getattr(datasets, args.dataset.upper())
     try:
         images = source(args.data_dir, train=train, download=True)
     except (OSError, RuntimeError) as error:
-        fail(f"{args.dataset} could not be downloaded ({type(error).__name__}): offline, put "
-             f"{source.filename} into {args.data_dir}, or take --dataset toy or a folder of images")
+        fail(f"{args.dataset} could not be downloaded ({type(error).__name__}): put "
+             f"{source.filename} into {args.data_dir}, or take --dataset toy or a folder")
     pixels = torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous()
     return pixels, torch.tensor(images.targets), images.classes
 
-def folder_images(folder, part):
-    """The images of folder/part/<class>/*, resized to 32x32; exits if there is no such folder, a
-    class is empty, or an image does not decode."""
-    from torchvision.datasets import ImageFolder
+def picture(path):
+    """The image in a file as a viewer shows it: turned as its camera was held, white where it is
+    transparent, 16 bits scaled to 8; uint8 (32, 32, 3). Exits if it does not decode."""
+    from torchvision.datasets.folder import Image  # Pillow's, which torchvision reads with
 
+    content = path.read_bytes()
     try:
-        files = ImageFolder(folder / part)
-    except OSError as error:  # no such folder, no class in it, or an empty one
+        image = Image.open(io.BytesIO(content))
+        turn = image.getexif().get(274, 1)  # EXIF's orientation, 1 to 8
+        if image.mode.startswith("I;16"):  # a plain conversion would clip it
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError("32 bits, of no known range")
+        if 1 < turn < 9:
+            image = image.transpose((0, 3, 1, 5, 4, 6, 2)[turn - 2])  # Pillow's numbers for them
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image.convert("RGBA"))
+        return np.asarray(white.convert("RGB").resize((32, 32)))
+    except Exception as error:  # of many kinds
+        fail(f"{path} cannot be used ({error or type(error).__name__}): convert or remove it")
+
+def folder_images(folder, part):
+    """The images below folder/part/<class>, but for hidden ones, as in .ipynb_checkpoints; exits
+    if there are fewer than two classes."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    root = folder / part
+    if not root.is_dir():
         fail(f"--dataset {folder}: not cifar10, cifar100, toy, or a folder of train/<class>/* and "
-             f"test/<class>/* images: {str(error).splitlines()[0]}")
-    images = np.empty((len(files), 32, 32, 3), np.uint8)
+             f"test/<class>/* images: there is no {root}")
+    paths = [path for inside in sorted(root.iterdir()) for path in sorted(inside.rglob("*"))
+             if path.is_file() and "/." not in f"/{path.relative_to(root).as_posix()}"]
+    files = [path for path in paths if path.suffix.lower() in IMG_EXTENSIONS]
+    owners = [path.relative_to(root).parts[0] for path in files]
+    names, others = sorted({*owners}), len(paths) - len(files)
+    print(f"{root}: {len(files)} images of {len(names)} classes; {others} other files, not read")
+    if len(names) < 2:
+        fail(f"{root} has images of {names} alone: at least two classes are needed, a folder each")
     warnings.filterwarnings("error", ".*decompression bomb")  # above 89 million pixels
-    for i, (path, _) in enumerate(files.samples):
-        try:
-            images[i] = np.asarray(files.loader(path).resize((32, 32)))
-        except Exception as error:  # whatever the decoder raises, the user needs the file's name
-            fail(f"{path} does not decode ({type(error).__name__}): repair or remove it")
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    return pixels, torch.tensor(files.targets), files.classes
+    images = torch.from_numpy(np.stack([picture(path) for path in files]))
+    labels = torch.tensor([names.index(name) for name in owners])
+    names = [name.replace("\n", " ").encode(errors="replace").decode() for name in names]
+    return images.permute(0, 3, 1, 2).contiguous(), labels, names
 
 def read_images(args):
     """{train, held_out, test}, uint8 (N, 3, 32, 32), {...}_labels, (N,), and the classes' names; a
@@ -384,20 +378,19 @@ def read_images(args):
         train, test = cifar_images(args, True), cifar_images(args, False)
     else:
         train, test = (folder_images(Path(args.dataset), part) for part in ("train", "test"))
-        if train[2] != test[2]:
-            fail(f"{args.dataset}: train/ and test/ differ in {sorted({*train[2]} ^ {*test[2]})}")
-    count = len(train[0])
-    if count < 20:
-        fail(f"{args.dataset} has {count} training images: 20 are needed, a tenth is held out")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    images = {"test": test[0], "test_labels": test[1], "names": train[2]}
-    for name, pick in {"held_out": order[: count // 10], "train": order[count // 10 :]}.items():
-        images |= {name: train[0][pick], f"{name}_labels": train[1][pick]}
-    return images
+    pixels, labels, names = train
+    if names != test[2]:
+        fail(f"{args.dataset}: train/ and test/ differ in {sorted({*names} ^ {*test[2]})}")
+    if len(pixels) < 20:
+        fail(f"{args.dataset} has {len(pixels)} training images: at least 20 are needed")
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
+    held_out, kept = order.split([len(order) // 10, len(order) - len(order) // 10])
+    return {"train": pixels[kept], "held_out": pixels[held_out], "test": test[0], "names": names,
+            "train_labels": labels[kept], "held_out_labels": labels[held_out],
+            "test_labels": test[1]}
 
 # ---- Files: the only thing that chapters share; each is written whole or not at all --------------
-def fail(message):
-    """One line on stderr, exit code 2."""
+def fail(message):  # one line on stderr, exit code 2
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -410,12 +403,11 @@ def write(path, content):
         temporary.unlink(missing_ok=True)
 
 def write_csv(path, rows):
-    """Write a table, rows of the same columns."""
     text = io.StringIO()
     table = csv.DictWriter(text, rows[0], lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    write(path, text.getvalue().encode())
+    write(path, text.getvalue().encode(errors="replace"))
 
 def save(path, settings, **content):
     """Write tensors, numbers and words, with the settings that they were made with."""
@@ -425,61 +417,62 @@ def save(path, settings, **content):
 
 def load(path, settings):
     """What save() wrote, and `mark`, its checksum; exits if it is damaged or of other settings."""
+    content = path.read_bytes()
     try:
-        archive = zipfile.ZipFile(path)
-        if archive.testzip():
+        if zipfile.ZipFile(io.BytesIO(content)).testzip():
             raise zipfile.BadZipFile
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        made_with = dict(content["settings"])
-    except OSError:
-        raise  # run_chapter() says why it could not be read
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        made_with = dict(loaded["settings"])
     except Exception as error:  # of many kinds
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
     for name, value in {**settings, "file": path.name}.items():
         if made_with.get(name) != value:
             fail(f"{path}: {name} was {made_with.get(name)}, not {value}: --restart or other --out")
-    return {**content, "mark": zlib.crc32(repr([part.CRC for part in archive.infolist()]).encode())}
+    return {**loaded, "mark": hashlib.sha256(content).hexdigest()[:12]}
 
 # ---- Flags, and how chapters follow each other ---------------------------------------------------
 CHAPTERS = ["01_dynamic_net.py", "02_teacher_trades.py", "03_progressive_rslad.py",
             "04_predictor.py", "05_nsga2.py"]
 PRESETS = ["paper", "quick", "tiny"]
+COMMON = {  # flags of every chapter, which it passes on to those that it runs
+    "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
+    "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
+    "preset": {"choices": PRESETS, "help": "of all numbers below; default: paper, for toy tiny"},
+    "out": {"type": Path, "help": "folder of all files; default: runs/<dataset>-<net>"},
+    "seed": {"default": 0, "type": int},
+    "device": {"help": "cpu, cuda or cuda:N; default: cuda if there is one"},
+}
 
 def read_flags(**others):
-    """All chapters' flags, others, and FLAGS; adds `given`, for the chapters that this one runs."""
-    parser = argparse.ArgumentParser(description=__doc__, add_help=False, allow_abbrev=False,
+    """COMMON's flags, others, and FLAGS, by default the preset's; adds `given`, to pass on, and
+    `common` and `settings`, which files are made with."""
+    others["restart"] = {"action": "store_true", "help": "start this chapter over"}
+    for flag, (*values, least, most, text) in FLAGS.items():
+        text += f"; {least} to {most}; presets {values}"
+        others[flag] = {"type": type(values[0]), "help": text}
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, add = fail, parser.add_argument
-    add("--dataset", default="cifar10", help="cifar10, cifar100, toy, or a folder of images")
-    add("--net", choices=["resnet50", "mbv3"], default="resnet50")
-    add("--preset", choices=PRESETS, help="of all numbers below; default: paper, for toy tiny")
-    add("--out", type=Path, help="folder of all files; default: runs/<dataset>-<net>")
-    add("--seed", type=int, default=0)
-    add("--device", help="cpu, cuda or cuda:N; default: cuda if there is one")
-    args = parser.parse_known_args()[0]
-    given = [f"--{flag}={value}" for flag, value in vars(args).items()
-             if value != parser.get_default(flag)]
-    preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
-    for flag, settings in others.items():
-        add("--" + flag.replace("_", "-"), **settings)
-    for flag, (*values, _, text) in FLAGS.items():
-        value, text = values[PRESETS.index(preset)], f"{text} (presets: {values})"
-        add("--" + flag.replace("_", "-"), type=type(value), default=value, help=text)
-    add("--restart", action="store_true", help="start this chapter over")
-    add("-h", "--help", action="help")
+    parser.error = fail
+    for flag, options in {**COMMON, **others}.items():
+        parser.add_argument("--" + flag.replace("_", "-"), **options)
     args = parser.parse_args()
+    args.given = [f"--{flag}={value}" for flag, value in vars(args).items()
+                  if flag in COMMON and value != parser.get_default(flag)]
+    preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
+    for flag, (*values, least, most, text) in FLAGS.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, values[PRESETS.index(preset)])
+        if not least <= getattr(args, flag) <= most:
+            fail(f"{flag} is {getattr(args, flag)}, not {least} to {most}: {text}")
     args.settings = {flag: getattr(args, flag) for flag in FLAGS}
-    for flag, value in args.settings.items():
-        if not 0 < value <= FLAGS[flag][3]:
-            fail(f"{flag} is {value}: it must be above 0 and at most {FLAGS[flag][3]}")
-    name, args.given = Path(args.dataset).resolve().name, given
-    args.out = args.out or Path("runs", f"{name}-{args.net}")
+    name = Path(args.dataset).resolve().name
     args.common = {"dataset": name, "net": args.net, "preset": preset, "seed": args.seed}
+    args.out = args.out or Path("runs", f"{name}-{args.net}")
     return args
 
 def finish(args, rows, wrote, following=""):
     for line in [rows[0], *(row.values() for row in rows)] if rows else []:
-        print(*(f"{round(cell, 4) if isinstance(cell, float) else cell:>17}" for cell in line))
+        print(*(f"{format(cell, '.4g') if isinstance(cell, float) else cell:>17}" for cell in line))
     print("wrote", *wrote)
     if following:
         print("next: python", following, shlex.join(args.given))
@@ -487,14 +480,15 @@ def finish(args, rows, wrote, following=""):
 def run_chapter():
     """main(); being stopped, or a file that cannot be read or written, ends it with one line."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a child is ended, too
-    sys.stdout.reconfigure(errors="replace")  # for letters that a terminal lacks
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal may lack letters
     try:
         main()
     except KeyboardInterrupt:
         print("stopped; the same command, without --restart, goes on from here", file=sys.stderr)
         raise SystemExit(130)
     except OSError as error:
-        fail(f"{error.filename or 'a file'} could not be read or written: {error.strerror}")
+        sys.stdout = None  # it may be what failed, as with `| head`
+        fail(f"{error.filename or 'the output'} could not be read or written: {error.strerror}")
 
 if __name__ == "__main__":
     run_chapter()

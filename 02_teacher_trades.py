@@ -18,7 +18,7 @@ writes  02_teacher.pt, .pt2, _log.csv      the best epoch's weights; the same as
                     chapter 3's --teacher; a row for each epoch (with --student: 02_<student>...)
         table1.csv, student.pt2            with --judge; the search's student, to be deployed
 """
-import argparse, csv, io, math, os, shlex, signal, subprocess, sys, time, zipfile, zlib
+import argparse, csv, hashlib, io, math, os, shlex, signal, subprocess, sys, time, zipfile
 from pathlib import Path
 
 import torch
@@ -26,17 +26,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-FLAGS = {  # flag: (paper, quick, tiny, at most, help)
-    "epochs": (300, 10, 5, 10**6, "epochs of adversarial training; paper 300 (section 5.0.1)"),
-    "lr": (0.01, 0.05, 0.15, 1e3, "learning rate after the warm-up; paper 0.01"),
-    "warmup": (5 / 300, 0.1, 0.2, 1, "share of the run before --lr is reached; code 5 epochs"),
-    "batch_size": (128, 128, 64, 10**6, "images in an iteration; paper 128"),
-    "beta": (6.0, 6.0, 6.0, 1e3, "weight of the robust term; TRADES' 6"),
-    "eps": (8.0, 8.0, 8.0, 255, "largest change of a pixel, in 1/255; paper 8"),
-    "step_size": (2.0, 2.0, 4.0, 255, "of the training attack, in 1/255; paper 2"),
-    "steps": (10, 10, 3, 10**4, "of the training attack; paper 10"),
-    "val_images": (1000, 1000, 250, 10**6, "held-out images, on which an epoch is chosen"),
-    "calibration_images": (2000, 2000, 500, 10**6, "training images for batch-norm statistics"),
+FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
+    "epochs": (300, 10, 5, 1, 10**6, "epochs of adversarial training; paper 300 (section 5.0.1)"),
+    "lr": (0.01, 0.05, 0.15, 0, 1e3, "learning rate after the warm-up; paper 0.01"),
+    "warmup": (5 / 300, 0.1, 0.2, 1e-9, 1, "share of the run in which lr rises; code 5 epochs"),
+    "batch_size": (128, 128, 64, 1, 10**6, "images in an iteration; paper 128"),
+    "beta": (6.0, 6.0, 6.0, 0, 1e3, "weight of the robust term; TRADES' 6"),
+    "eps": (8.0, 8.0, 8.0, 0.2, 255, "change of a pixel, in 1/255: for 0.031 write 7.9; paper 8"),
+    "step_size": (2.0, 2.0, 4.0, 0.02, 255, "of the attack, in 1/255: for 0.0078 write 2; paper 2"),
+    "steps": (10, 10, 3, 1, 10**4, "of the training attack; paper 10"),
+    "val_images": (1000, 1000, 250, 1, 10**6, "held-out images, on which an epoch is chosen"),
+    "calibration_images": (2000, 2000, 500, 2, 10**6, "training images for batch-norm statistics"),
 }
 
 # ---- The lesson: TRADES --------------------------------------------------------------------------
@@ -67,20 +67,20 @@ def main():
     if state.exists():
         rows, best = resume(state, settings, shared, optimizer)
     batch = min(args.batch_size, len(data["train"]))
-    batches = len(data["train"]) // batch  # of an epoch; an incomplete one is left out
-    print(f"TRADES, {name}, {args.epochs} epochs, on {where}", flush=True)
+    batches = len(data["train"]) // batch  # of an epoch; an incomplete batch is left out
+    print(f"TRADES, {name}, {args.epochs} epochs, on {where}")
     attack = args.eps / 255, args.step_size / 255, args.steps
     said = saved = time.monotonic()
 
     for epoch in range(len(rows), args.epochs):
         begun = time.monotonic()
-        torch.manual_seed(args.seed * 10**6 + epoch)  # a run that was stopped goes on as it would
+        torch.manual_seed((args.seed * 10**6 + epoch) % 2**63)  # so stopping changes no draw
         order = torch.randperm(len(data["train"])).to(device)
         losses = torch.zeros(batches, 3, device=device)
         for i in range(batches):
             pick = order[i * batch : (i + 1) * batch]
             x, y = augment(data["train"][pick]), data["train_labels"][pick]
-            network = Network(net, shared, student)  # f, with the batch's statistics throughout
+            network = Network(net, shared, student)  # f: slices of the weights as they are now
             with precision:
                 logits = network(x)
                 natural = logits.log_softmax(1)  # log f(x), (B, classes)
@@ -89,7 +89,7 @@ def main():
                 target, noise = natural.detach(), 0.001 * torch.randn_like(x)
                 x_adv = pgd(network, x, lambda logits: kl(logits, target), noise, *attack)
 
-                # The outer one; gradients flow through both sides of the KL.
+                # The outer one; kl(a, b) is KL(b || a), and gradients flow through both sides.
                 robust, cross_entropy = kl(network(x_adv), natural), F.cross_entropy(logits, y)
                 loss = cross_entropy + args.beta * robust
 
@@ -103,7 +103,7 @@ def main():
             if time.monotonic() - said > 10:
                 said = time.monotonic()
                 left = (said - begun) / (i + 1) * (batches * (args.epochs - epoch) - i - 1) / 60
-                print(f"  {epoch + 1}: {i + 1}/{batches}, {left:.1f} minutes left", flush=True)
+                print(f"  {epoch + 1}: {i + 1}/{batches}, {left:.1f} minutes left")
 
         means = losses.mean(0).tolist()
         if not math.isfinite(sum(means)):
@@ -112,7 +112,7 @@ def main():
         row |= zip(("loss", "cross_entropy", "kl"), means)
         row |= zip(("natural", "robust"), accuracies(Network(net, shared, student), data, args))
         rows.append({**row, "seconds": time.monotonic() - begun})
-        print(", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()), flush=True)
+        print(", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()))
         write_csv(log, rows)
         if row["robust"] > best["robust"]:
             best = {**row, "weights": moved(shared, "cpu")}
@@ -124,23 +124,23 @@ def main():
     export(network, checkpoint.with_suffix(".pt2"), data["names"])
     save(checkpoint, settings, weights=best["weights"])
     state.unlink(missing_ok=True)
-    table = [{"best epoch": best["epoch"], "held-out natural": best["natural"],
-              f"PGD-{args.steps}": best["robust"]}]
+    table = [{name: best[name] for name in ("epoch", "loss", "natural", "robust")}]
     finish(args, table, [checkpoint, checkpoint.with_suffix(".pt2"), log], following)
 
 # ---- Table 1: everything in the folder, on the test images ---------------------------------------
 def table1(args, net, data, device):
-    """Judge what was trained alone (02_*.pt and 03_fixed_*.pt) or chosen by a search on the test
-    images (section 5.4), and export what was chosen. FGSM is one step of eps, PGD 20 of 2/255."""
+    """Judge on the test images (section 5.4) what was trained alone (02_*.pt and 03_fixed_*.pt) or
+    chosen by a search, and export the latter. FGSM is one step of eps, PGD 20 of 2/255."""
     rows, wrote = [], [args.out / "table1.csv"]
     for path in sorted(args.out.glob("0[23]_*.pt")):
         content = load(path, net["settings"])
-        students = {content["settings"]["student"]: content["settings"]["genotype"]}
+        made = content["settings"]
+        students = {made["student"]: made["genotype"]}
         for search in args.out.glob("05_search*.pt"):
             found = load(search, net["settings"])
             students |= found["students"] if found["searched"] == path.name else {}
         for name, student in students.items():
-            print(f"  {path.stem}, {name}, on {device} in float32", flush=True)
+            print(f"  {path.stem}, {name}, on {device} in float32")
             network = Network(net, moved(content["weights"], device), student)
             calibrated(network, data["train"][: args.calibration_images])
             with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -152,10 +152,8 @@ def table1(args, net, data, device):
                    "params": sum(part.numel() for part in network.slices.values()),
                    "macs": counter.get_total_flops() // 2}
             rows.append(row | {key: part.double().mean().item() for key, part in right.items()})
-            if name != content["settings"]["student"]:  # a search's
-                budget = "_" + name.split("_")[-1] if len(students) > 2 else ""
-                random = "_random" if path.stem == "03_random" else ""
-                wrote.append(args.out / f"student{random}{budget}.pt2")
+            if name != made["student"]:  # a search's: best, best_500M, best_random, ...
+                wrote.append(args.out / f"{name.replace('best', 'student')}.pt2")
                 export(network, wrote[-1], data["names"])
     write_csv(wrote[0], rows)
     finish(args, rows, wrote)
@@ -191,7 +189,7 @@ def resume(path, settings, shared, optimizer):
     for name, weight in shared.items():
         weight.data.copy_(state["weights"][name])
     optimizer.load_state_dict(state["sgd"])
-    print(f"continuing {path} after epoch {len(state['rows'])}", flush=True)
+    print(f"continuing {path} after epoch {len(state['rows'])}")
     return state["rows"], state["best"]
 
 # ---- The network: genotype -> slices of the shared weights -> logits -----------------------------
@@ -219,9 +217,8 @@ def named_student(args, net):
 
 class Network:
     """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. A layer's weight is
-    the leading slice of the shared one that its inputs and outputs ask for, taken once and kept for
-    all steps of an attack and the loss after them; gradients flow back through it. Batch norm has
-    the batch's statistics, as in training, until the student is calibrated."""
+    the leading slice of the shared one, taken once for an attack and the loss after it; gradients
+    flow back through it. Batch norm has the batch's statistics until the student is calibrated."""
     def __init__(self, net, weights, student):
         self.net, self.shared = net, weights
         self.choice = dict(zip(net["genes"], student))
@@ -369,8 +366,7 @@ def augment(images):
     return torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
 
 # ---- Files: the only thing that chapters share; each is written whole or not at all --------------
-def fail(message):
-    """One line on stderr, exit code 2."""
+def fail(message):  # one line on stderr, exit code 2
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -383,12 +379,11 @@ def write(path, content):
         temporary.unlink(missing_ok=True)
 
 def write_csv(path, rows):
-    """Write a table, rows of the same columns."""
     text = io.StringIO()
     table = csv.DictWriter(text, rows[0], lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    write(path, text.getvalue().encode())
+    write(path, text.getvalue().encode(errors="replace"))
 
 def save(path, settings, **content):
     """Write tensors, numbers and words, with the settings that they were made with."""
@@ -398,20 +393,18 @@ def save(path, settings, **content):
 
 def load(path, settings):
     """What save() wrote, and `mark`, its checksum; exits if it is damaged or of other settings."""
+    content = path.read_bytes()
     try:
-        archive = zipfile.ZipFile(path)
-        if archive.testzip():
+        if zipfile.ZipFile(io.BytesIO(content)).testzip():
             raise zipfile.BadZipFile
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        made_with = dict(content["settings"])
-    except OSError:
-        raise  # run_chapter() says why it could not be read
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        made_with = dict(loaded["settings"])
     except Exception as error:  # of many kinds
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
     for name, value in {**settings, "file": path.name}.items():
         if made_with.get(name) != value:
             fail(f"{path}: {name} was {made_with.get(name)}, not {value}: --restart or other --out")
-    return {**content, "mark": zlib.crc32(repr([part.CRC for part in archive.infolist()]).encode())}
+    return {**loaded, "mark": hashlib.sha256(content).hexdigest()[:12]}
 
 def moved(content, device, learn=False):
     """A copy with all tensors on the device, where they get gradients if they are to learn."""
@@ -422,37 +415,40 @@ def moved(content, device, learn=False):
 CHAPTERS = ["01_dynamic_net.py", "02_teacher_trades.py", "03_progressive_rslad.py",
             "04_predictor.py", "05_nsga2.py"]
 PRESETS = ["paper", "quick", "tiny"]
+COMMON = {  # flags of every chapter, which it passes on to those that it runs
+    "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
+    "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
+    "preset": {"choices": PRESETS, "help": "of all numbers below; default: paper, for toy tiny"},
+    "out": {"type": Path, "help": "folder of all files; default: runs/<dataset>-<net>"},
+    "seed": {"default": 0, "type": int},
+    "device": {"help": "cpu, cuda or cuda:N; default: cuda if there is one"},
+}
 
 def read_flags(**others):
-    """All chapters' flags, others, and FLAGS; adds `given`, for the chapters that this one runs."""
-    parser = argparse.ArgumentParser(description=__doc__, add_help=False, allow_abbrev=False,
+    """COMMON's flags, others, and FLAGS, by default the preset's; adds `given`, to pass on, and
+    `common` and `settings`, which files are made with."""
+    others["restart"] = {"action": "store_true", "help": "start this chapter over"}
+    for flag, (*values, least, most, text) in FLAGS.items():
+        text += f"; {least} to {most}; presets {values}"
+        others[flag] = {"type": type(values[0]), "help": text}
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, add = fail, parser.add_argument
-    add("--dataset", default="cifar10", help="cifar10, cifar100, toy, or a folder of images")
-    add("--net", choices=["resnet50", "mbv3"], default="resnet50")
-    add("--preset", choices=PRESETS, help="of all numbers below; default: paper, for toy tiny")
-    add("--out", type=Path, help="folder of all files; default: runs/<dataset>-<net>")
-    add("--seed", type=int, default=0)
-    add("--device", help="cpu, cuda or cuda:N; default: cuda if there is one")
-    args = parser.parse_known_args()[0]
-    given = [f"--{flag}={value}" for flag, value in vars(args).items()
-             if value != parser.get_default(flag)]
-    preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
-    for flag, settings in others.items():
-        add("--" + flag.replace("_", "-"), **settings)
-    for flag, (*values, _, text) in FLAGS.items():
-        value, text = values[PRESETS.index(preset)], f"{text} (presets: {values})"
-        add("--" + flag.replace("_", "-"), type=type(value), default=value, help=text)
-    add("--restart", action="store_true", help="start this chapter over")
-    add("-h", "--help", action="help")
+    parser.error = fail
+    for flag, options in {**COMMON, **others}.items():
+        parser.add_argument("--" + flag.replace("_", "-"), **options)
     args = parser.parse_args()
+    args.given = [f"--{flag}={value}" for flag, value in vars(args).items()
+                  if flag in COMMON and value != parser.get_default(flag)]
+    preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
+    for flag, (*values, least, most, text) in FLAGS.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, values[PRESETS.index(preset)])
+        if not least <= getattr(args, flag) <= most:
+            fail(f"{flag} is {getattr(args, flag)}, not {least} to {most}: {text}")
     args.settings = {flag: getattr(args, flag) for flag in FLAGS}
-    for flag, value in args.settings.items():
-        if not 0 < value <= FLAGS[flag][3]:
-            fail(f"{flag} is {value}: it must be above 0 and at most {FLAGS[flag][3]}")
-    name, args.given = Path(args.dataset).resolve().name, given
-    args.out = args.out or Path("runs", f"{name}-{args.net}")
+    name = Path(args.dataset).resolve().name
     args.common = {"dataset": name, "net": args.net, "preset": preset, "seed": args.seed}
+    args.out = args.out or Path("runs", f"{name}-{args.net}")
     return args
 
 def pick_device(args):
@@ -468,10 +464,10 @@ def pick_device(args):
     return device, precision, f"{device} in {'bf16' if bf16 else 'float32'}"
 
 def run_missing(args, *files):
-    """Run the first chapters whose file is missing; being stopped stops the one that runs, too."""
+    """Run each earlier chapter whose file is missing; if stopped, it stops the one that runs."""
     for name, script in zip(files, CHAPTERS):
         if not (args.out / name).exists():
-            print(f"{args.out / name} is missing: running {script}\n", flush=True)
+            print(f"{args.out / name} is missing: running {script}\n")
             command = [sys.executable, Path(__file__).resolve().with_name(script), *args.given]
             command += [f"--sampling={args.sampling}"] if script > "03" else []
             if subprocess.run(command).returncode:
@@ -479,7 +475,7 @@ def run_missing(args, *files):
 
 def finish(args, rows, wrote, following=""):
     for line in [rows[0], *(row.values() for row in rows)] if rows else []:
-        print(*(f"{round(cell, 4) if isinstance(cell, float) else cell:>17}" for cell in line))
+        print(*(f"{format(cell, '.4g') if isinstance(cell, float) else cell:>17}" for cell in line))
     print("wrote", *wrote)
     if following:
         print("next: python", following, shlex.join(args.given))
@@ -487,14 +483,15 @@ def finish(args, rows, wrote, following=""):
 def run_chapter():
     """main(); being stopped, or a file that cannot be read or written, ends it with one line."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a child is ended, too
-    sys.stdout.reconfigure(errors="replace")  # for letters that a terminal lacks
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal may lack letters
     try:
         main()
     except KeyboardInterrupt:
         print("stopped; the same command, without --restart, goes on from here", file=sys.stderr)
         raise SystemExit(130)
     except OSError as error:
-        fail(f"{error.filename or 'a file'} could not be read or written: {error.strerror}")
+        sys.stdout = None  # it may be what failed, as with `| head`
+        fail(f"{error.filename or 'the output'} could not be read or written: {error.strerror}")
 
 if __name__ == "__main__":
     run_chapter()

@@ -16,27 +16,27 @@ Students shrink in three steps; kernels are Dyn-MobileNetV3's widths. The loss i
     python 03_progressive_rslad.py --sampling fixed --student usual    # RSLAD of one, from scratch
 
 reads   01_images.pt, 01_dynamic_net.pt, 02_teacher.pt (made first if missing)
-writes  03_progressive.pt, 03_progressive_log.csv      the shared weights; a row for each epoch
-        (or 03_random..., 03_fixed_<student>_by_<teacher>...)
+writes  03_progressive.pt, _log.csv     the shared weights; a row for each epoch (or 03_random...,
+        03_fixed_<student>_by_<teacher>...)
 """
-import argparse, csv, io, logging, math, os, random, shlex, signal, subprocess, sys, time
-import zipfile, zlib
+import argparse, csv, hashlib, io, logging, math, os, random, shlex, signal, subprocess, sys, time
+import zipfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-FLAGS = {  # flag: (paper, quick, tiny, at most, help)
-    "epochs": (120, 4, 2, 10**6, "epochs of each of the three steps; paper 120 (section 5.0.1)"),
-    "lr": (0.01, 0.02, 0.05, 1e3, "learning rate after the warm-up of each step; paper 0.01"),
-    "warmup": (5 / 120, 0.1, 0.1, 1, "share of a step before --lr is reached; paper silent"),
-    "batch_size": (128, 128, 64, 10**6, "images in an iteration; paper 128"),
-    "alpha": (5 / 6, 5 / 6, 5 / 6, 1, "weight of attacked images in equation 2; RSLAD's 5/6"),
-    "eps": (8.0, 8.0, 8.0, 255, "largest change of a pixel, in 1/255; paper 8"),
-    "step_size": (2.0, 2.0, 4.0, 255, "of the training attack, in 1/255; paper 2"),
-    "steps": (10, 10, 3, 10**4, "of the training attack; paper 10"),
-    "val_images": (1000, 1000, 100, 10**6, "held-out training images, seen after each epoch"),
-    "calibration_images": (2000, 2000, 500, 10**6, "training images for batch-norm statistics"),
+FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
+    "epochs": (120, 4, 2, 1, 10**6, "epochs of each of the three steps; paper 120 (section 5.0.1)"),
+    "lr": (0.01, 0.02, 0.05, 0, 1e3, "learning rate after the warm-up of each step; paper 0.01"),
+    "warmup": (5 / 120, 0.1, 0.1, 1e-9, 1, "share of a step before --lr is reached; paper silent"),
+    "batch_size": (128, 128, 64, 1, 10**6, "images in an iteration; paper 128"),
+    "alpha": (5 / 6, 5 / 6, 5 / 6, 0, 1, "weight of attacked images in equation 2; RSLAD's 5/6"),
+    "eps": (8.0, 8.0, 8.0, 0.2, 255, "change of a pixel, in 1/255: for 0.031 write 7.9; paper 8"),
+    "step_size": (2.0, 2.0, 4.0, 0.02, 255, "of the attack, in 1/255: for 0.0078 write 2; paper 2"),
+    "steps": (10, 10, 3, 1, 10**4, "of the training attack; paper 10"),
+    "val_images": (1000, 1000, 100, 1, 10**6, "held-out training images, seen after each epoch"),
+    "calibration_images": (2000, 2000, 500, 2, 10**6, "training images for batch-norm statistics"),
 }
 
 VARIES = {  # figure 4: the kinds of genes that vary in each of the three steps
@@ -64,8 +64,9 @@ def main():
     largest = student_at(net, -1)
     base = named_student(args, net) if args.student else largest  # what does not vary
     start = "random" if args.student else args.start
-    crc = zlib.crc32(args.teacher.read_bytes()) if args.teacher else trained["mark"]
-    taught_by = (args.teacher.stem if args.teacher else "teacher", crc)
+    taught_by = "teacher", trained["mark"]
+    if args.teacher:
+        taught_by = args.teacher.stem, hashlib.sha256(args.teacher.read_bytes()).hexdigest()[:12]
     settings = {**net["settings"], **args.settings, "start": start, "genotype": base,
                 "student": args.student or "largest", "teacher": taught_by}
     name, following = f"03_{args.sampling}", f"04_predictor.py --sampling={args.sampling}"
@@ -88,8 +89,8 @@ def main():
     rows = resume(state, settings, shared, optimizer)[0] if state.exists() else []
     steps = VARIES[args.sampling]
     epochs, epochs_of_step = 3 * args.epochs, 3 * args.epochs // len(steps)
-    batches = len(data["train"]) // batch  # of an epoch; an incomplete one is left out
-    print(f"RSLAD, {args.sampling} sampling, {epochs} epochs, on {where}", flush=True)
+    batches = len(data["train"]) // batch  # of an epoch; an incomplete batch is left out
+    print(f"RSLAD, {args.sampling} sampling, {epochs} epochs, on {where}")
     looks = {"largest": largest, "middle": student_at(net, 1), "smallest": student_at(net, 0)}
     looks = {"student": base} if args.student else looks
     attack = args.eps / 255, args.step_size / 255, args.steps
@@ -97,7 +98,7 @@ def main():
 
     for epoch in range(len(rows), epochs):
         begun = time.monotonic()
-        torch.manual_seed(args.seed * 10**6 + epoch)  # a run that was stopped goes on as it would
+        torch.manual_seed((args.seed * 10**6 + epoch) % 2**63)  # so stopping changes no draw
         rng = random.Random(f"{args.seed} {epoch}")
         step, epoch_of_step = divmod(epoch, epochs_of_step)
         varies = steps[step]  # figure 4
@@ -134,7 +135,7 @@ def main():
             if time.monotonic() - said > 10:
                 said = time.monotonic()
                 left = (said - begun) / (i + 1) * (batches * (epochs - epoch) - i - 1) / 60
-                print(f"  {epoch + 1}: {i + 1}/{batches}, {left:.1f} minutes left", flush=True)
+                print(f"  {epoch + 1}: {i + 1}/{batches}, {left:.1f} minutes left")
 
         means = losses.mean(0).tolist()
         if not math.isfinite(sum(means)):
@@ -145,7 +146,7 @@ def main():
             natural, robust = accuracies(Network(net, shared, student), data, args)
             row |= {f"natural_{name}": natural, f"robust_{name}": robust}
         rows.append({**row, "seconds": time.monotonic() - begun})
-        print(", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()), flush=True)
+        print(", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()))
         write_csv(log, rows)
         if time.monotonic() - saved > SAVE_SECONDS:
             saved = time.monotonic()
@@ -185,7 +186,7 @@ def resume(path, settings, shared, optimizer):
     for name, weight in shared.items():
         weight.data.copy_(state["weights"][name])
     optimizer.load_state_dict(state["sgd"])
-    print(f"continuing {path} after epoch {len(state['rows'])}", flush=True)
+    print(f"continuing {path} after epoch {len(state['rows'])}")
     return state["rows"], state["best"]
 
 # ---- The network: genotype -> slices of the shared weights -> logits -----------------------------
@@ -219,9 +220,8 @@ def named_student(args, net):
 
 class Network:
     """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. A layer's weight is
-    the leading slice of the shared one that its inputs and outputs ask for, taken once and kept for
-    all steps of an attack and the loss after them; gradients flow back through it. Batch norm has
-    the batch's statistics, as in training, until the student is calibrated."""
+    the leading slice of the shared one, taken once for an attack and the loss after it; gradients
+    flow back through it. Batch norm has the batch's statistics until the student is calibrated."""
     def __init__(self, net, weights, student):
         self.net, self.shared = net, weights
         self.choice = dict(zip(net["genes"], student))
@@ -369,8 +369,7 @@ def augment(images):
     return torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
 
 # ---- Files: the only thing that chapters share; each is written whole or not at all --------------
-def fail(message):
-    """One line on stderr, exit code 2."""
+def fail(message):  # one line on stderr, exit code 2
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -383,12 +382,11 @@ def write(path, content):
         temporary.unlink(missing_ok=True)
 
 def write_csv(path, rows):
-    """Write a table, rows of the same columns."""
     text = io.StringIO()
     table = csv.DictWriter(text, rows[0], lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    write(path, text.getvalue().encode())
+    write(path, text.getvalue().encode(errors="replace"))
 
 def save(path, settings, **content):
     """Write tensors, numbers and words, with the settings that they were made with."""
@@ -398,20 +396,18 @@ def save(path, settings, **content):
 
 def load(path, settings):
     """What save() wrote, and `mark`, its checksum; exits if it is damaged or of other settings."""
+    content = path.read_bytes()
     try:
-        archive = zipfile.ZipFile(path)
-        if archive.testzip():
+        if zipfile.ZipFile(io.BytesIO(content)).testzip():
             raise zipfile.BadZipFile
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        made_with = dict(content["settings"])
-    except OSError:
-        raise  # run_chapter() says why it could not be read
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        made_with = dict(loaded["settings"])
     except Exception as error:  # of many kinds
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
     for name, value in {**settings, "file": path.name}.items():
         if made_with.get(name) != value:
             fail(f"{path}: {name} was {made_with.get(name)}, not {value}: --restart or other --out")
-    return {**content, "mark": zlib.crc32(repr([part.CRC for part in archive.infolist()]).encode())}
+    return {**loaded, "mark": hashlib.sha256(content).hexdigest()[:12]}
 
 def moved(content, device, learn=False):
     """A copy with all tensors on the device, where they get gradients if they are to learn."""
@@ -422,37 +418,40 @@ def moved(content, device, learn=False):
 CHAPTERS = ["01_dynamic_net.py", "02_teacher_trades.py", "03_progressive_rslad.py",
             "04_predictor.py", "05_nsga2.py"]
 PRESETS = ["paper", "quick", "tiny"]
+COMMON = {  # flags of every chapter, which it passes on to those that it runs
+    "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
+    "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
+    "preset": {"choices": PRESETS, "help": "of all numbers below; default: paper, for toy tiny"},
+    "out": {"type": Path, "help": "folder of all files; default: runs/<dataset>-<net>"},
+    "seed": {"default": 0, "type": int},
+    "device": {"help": "cpu, cuda or cuda:N; default: cuda if there is one"},
+}
 
 def read_flags(**others):
-    """All chapters' flags, others, and FLAGS; adds `given`, for the chapters that this one runs."""
-    parser = argparse.ArgumentParser(description=__doc__, add_help=False, allow_abbrev=False,
+    """COMMON's flags, others, and FLAGS, by default the preset's; adds `given`, to pass on, and
+    `common` and `settings`, which files are made with."""
+    others["restart"] = {"action": "store_true", "help": "start this chapter over"}
+    for flag, (*values, least, most, text) in FLAGS.items():
+        text += f"; {least} to {most}; presets {values}"
+        others[flag] = {"type": type(values[0]), "help": text}
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, add = fail, parser.add_argument
-    add("--dataset", default="cifar10", help="cifar10, cifar100, toy, or a folder of images")
-    add("--net", choices=["resnet50", "mbv3"], default="resnet50")
-    add("--preset", choices=PRESETS, help="of all numbers below; default: paper, for toy tiny")
-    add("--out", type=Path, help="folder of all files; default: runs/<dataset>-<net>")
-    add("--seed", type=int, default=0)
-    add("--device", help="cpu, cuda or cuda:N; default: cuda if there is one")
-    args = parser.parse_known_args()[0]
-    given = [f"--{flag}={value}" for flag, value in vars(args).items()
-             if value != parser.get_default(flag)]
-    preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
-    for flag, settings in others.items():
-        add("--" + flag.replace("_", "-"), **settings)
-    for flag, (*values, _, text) in FLAGS.items():
-        value, text = values[PRESETS.index(preset)], f"{text} (presets: {values})"
-        add("--" + flag.replace("_", "-"), type=type(value), default=value, help=text)
-    add("--restart", action="store_true", help="start this chapter over")
-    add("-h", "--help", action="help")
+    parser.error = fail
+    for flag, options in {**COMMON, **others}.items():
+        parser.add_argument("--" + flag.replace("_", "-"), **options)
     args = parser.parse_args()
+    args.given = [f"--{flag}={value}" for flag, value in vars(args).items()
+                  if flag in COMMON and value != parser.get_default(flag)]
+    preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
+    for flag, (*values, least, most, text) in FLAGS.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, values[PRESETS.index(preset)])
+        if not least <= getattr(args, flag) <= most:
+            fail(f"{flag} is {getattr(args, flag)}, not {least} to {most}: {text}")
     args.settings = {flag: getattr(args, flag) for flag in FLAGS}
-    for flag, value in args.settings.items():
-        if not 0 < value <= FLAGS[flag][3]:
-            fail(f"{flag} is {value}: it must be above 0 and at most {FLAGS[flag][3]}")
-    name, args.given = Path(args.dataset).resolve().name, given
-    args.out = args.out or Path("runs", f"{name}-{args.net}")
+    name = Path(args.dataset).resolve().name
     args.common = {"dataset": name, "net": args.net, "preset": preset, "seed": args.seed}
+    args.out = args.out or Path("runs", f"{name}-{args.net}")
     return args
 
 def pick_device(args):
@@ -468,10 +467,10 @@ def pick_device(args):
     return device, precision, f"{device} in {'bf16' if bf16 else 'float32'}"
 
 def run_missing(args, *files):
-    """Run the first chapters whose file is missing; being stopped stops the one that runs, too."""
+    """Run each earlier chapter whose file is missing; if stopped, it stops the one that runs."""
     for name, script in zip(files, CHAPTERS):
         if not (args.out / name).exists():
-            print(f"{args.out / name} is missing: running {script}\n", flush=True)
+            print(f"{args.out / name} is missing: running {script}\n")
             command = [sys.executable, Path(__file__).resolve().with_name(script), *args.given]
             command += [f"--sampling={args.sampling}"] if script > "03" else []
             if subprocess.run(command).returncode:
@@ -479,7 +478,7 @@ def run_missing(args, *files):
 
 def finish(args, rows, wrote, following=""):
     for line in [rows[0], *(row.values() for row in rows)] if rows else []:
-        print(*(f"{round(cell, 4) if isinstance(cell, float) else cell:>17}" for cell in line))
+        print(*(f"{format(cell, '.4g') if isinstance(cell, float) else cell:>17}" for cell in line))
     print("wrote", *wrote)
     if following:
         print("next: python", following, shlex.join(args.given))
@@ -487,14 +486,15 @@ def finish(args, rows, wrote, following=""):
 def run_chapter():
     """main(); being stopped, or a file that cannot be read or written, ends it with one line."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a child is ended, too
-    sys.stdout.reconfigure(errors="replace")  # for letters that a terminal lacks
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal may lack letters
     try:
         main()
     except KeyboardInterrupt:
         print("stopped; the same command, without --restart, goes on from here", file=sys.stderr)
         raise SystemExit(130)
     except OSError as error:
-        fail(f"{error.filename or 'a file'} could not be read or written: {error.strerror}")
+        sys.stdout = None  # it may be what failed, as with `| head`
+        fail(f"{error.filename or 'the output'} could not be read or written: {error.strerror}")
 
 if __name__ == "__main__":
     run_chapter()

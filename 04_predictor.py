@@ -15,7 +15,7 @@ and how far the number measured for one student moves when other images are take
     python 04_predictor.py --dataset cifar10 --sampling random   # students of the baseline
 
 reads   01_images.pt, 01_dynamic_net.pt, 02_teacher.pt, 03_progressive.pt   (made first if missing)
-writes  04_students.csv      a row for each measured student; 04_students.pt goes on from there
+writes  04_students.csv      a row for each measured student; 04_students.pt to go on from there
         04_predictions.csv   measured and predicted accuracy of the students held out
         04_report.csv        how far they are apart
         04_widths.csv        figure 6: the teacher, and students that differ in width (kernel) alone
@@ -23,21 +23,21 @@ writes  04_students.csv      a row for each measured student; 04_students.pt goe
         04_predictor.pt      the predictor; delete it to fit another one to the same students
         (with --sampling random all names end in _random)
 """
-import argparse, csv, io, os, random, shlex, signal, subprocess, sys, time, zipfile, zlib
+import argparse, csv, hashlib, io, os, random, shlex, signal, subprocess, sys, time, zipfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-FLAGS = {  # flag: (paper, quick, tiny, at most, help)
-    "students": (2000, 300, 40, 10**6, "students to measure; paper 2000 (section 5.2)"),
-    "test_students": (300, 60, 10, 10**6, "of them, kept to test the predictor; paper 300"),
-    "images": (1000, 1000, 200, 10**6, "held-out training images for each; paper silent"),
-    "eps": (8.0, 8.0, 8.0, 255, "largest change of a pixel, in 1/255; paper 0.031, 7.9/255"),
-    "step_size": (1.81, 1.81, 1.81, 255, "of the attack, in 1/255; paper 0.0071, 1.81/255"),
-    "steps": (20, 20, 10, 10**4, "of the attack; paper 20"),
-    "calibration_images": (2000, 2000, 500, 10**6, "training images for batch-norm statistics"),
-    "epochs": (30, 30, 30, 10**6, "of the predictor; paper 30"),
+FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
+    "students": (2000, 300, 40, 4, 10**6, "students to measure; paper 2000 (section 5.2)"),
+    "test_students": (300, 60, 10, 2, 10**6, "of them, kept to test the predictor; paper 300"),
+    "images": (1000, 1000, 200, 2, 10**6, "held-out training images for each; paper silent"),
+    "eps": (8.0, 8.0, 8.0, 0.2, 255, "change of a pixel, in 1/255: for 0.031 (paper) write 7.9"),
+    "step_size": (1.81, 1.81, 1.81, 0.02, 255, "in 1/255: for 0.0071 (paper) write 1.81"),
+    "steps": (20, 20, 10, 1, 10**4, "of the attack; paper 20"),
+    "calibration_images": (2000, 2000, 500, 2, 10**6, "training images for batch-norm statistics"),
+    "epochs": (30, 30, 30, 1, 10**6, "of the predictor; paper 30"),
 }
 PAPER = {"natural": 0.0076, "robust": 0.0072}  # RMSE (section 5.2)
 HIDDEN = [400] * 6  # widths of the predictor's hidden layers (released code)
@@ -58,15 +58,15 @@ def main():
     if checkpoint.exists():
         load(checkpoint, settings)
         return finish(args, [], [f"{checkpoint} earlier (--restart makes it anew)"], following)
-    if not 1 < args.test_students < args.students - 1:
-        fail("--test-students must be between 2 and --students less 2")
+    if args.test_students > args.students - 2:
+        fail("--test-students must be at most --students less 2")
     data, shared = load_images(args, net, device), moved(trained["weights"], device)
 
     fitting = "epochs", "test_students"  # need no new measurements
     measuring = {name: settings[name] for name in settings if name not in fitting}
     students = distinct_students(net, args)
     rows = load(state, measuring)["rows"] if state.exists() else []
-    print(f"{args.students} students, PGD-{args.steps}, on {device} in float32", flush=True)
+    print(f"{args.students} students, PGD-{args.steps}, on {device} in float32")
     said = time.monotonic()
     for student in students[len(rows):]:
         row = measure(args, Network(net, shared, student), data)
@@ -76,10 +76,10 @@ def main():
         if time.monotonic() - said > 10:
             said = time.monotonic()
             left = rows[-1]["seconds"] * (args.students - len(rows)) / 60
-            print(f"  {len(rows)}/{args.students} students, {left:.1f} minutes left", flush=True)
+            print(f"  {len(rows)}/{args.students} students, {left:.1f} minutes left")
 
-    measured, halves = (torch.tensor([[row[name] for name in names] for row in rows]) for names in (
-        ("natural", "robust"), ("natural_half", "robust_half")))  # (N, 2)
+    measured, halves = (torch.tensor([[row[name + half] for name in PAPER] for row in rows])
+                        for half in ("", "_half"))  # (N, 2)
     test = args.students - args.test_students
     predictor = train_predictor(args, net, students[:test], measured[:test])
     predicted = predict_accuracy(predictor, net, students[test:])
@@ -88,16 +88,15 @@ def main():
     columns = "natural", "robust", "predicted_natural", "predicted_robust"
     table = torch.cat([measured[test:], predicted], 1).tolist()
     write_csv(args.out / f"04_predictions{end}.csv", [dict(zip(columns, row)) for row in table])
-    teacher = moved(load(args.out / "02_teacher.pt", net["settings"])["weights"], device)
-    teacher, middle = (Network(net, *of) for of in (
-        (teacher, student_at(net, -1)), (shared, student_at(net, 1))))
+    weights = moved(load(args.out / "02_teacher.pt", net["settings"])["weights"], device)
+    teacher = Network(net, weights, student_at(net, -1))
+    middle = Network(net, shared, student_at(net, 1))
     write_csv(args.out / f"04_widths{end}.csv", widths(args, net, shared, teacher, data))
     write(args.out / f"04_pictures{end}.png", pictures(args, middle, data))
     save(checkpoint, settings, **predictor)
     print(f"\non {len(predicted)} students that were not used in training; shares of 1:")
-    names = "students.csv", "predictions.csv", "report.csv", "widths.csv", "pictures.png"
-    wrote = [args.out / f"04_{name}".replace(".", f"{end}.") for name in names]
-    finish(args, report, [checkpoint, *wrote], following)
+    wrote = [checkpoint, args.out / f"04_*{end}.csv", args.out / f"04_pictures{end}.png"]
+    finish(args, report, wrote, following)
 
 def measure(args, network, data):
     """Accuracy, a share of 1, natural and under PGD, on held-out training images and on their first
@@ -123,7 +122,7 @@ def distinct_students(net, args):
 
 def train_predictor(args, net, students, labels):
     """Fit an MLP to labels (N, 2) of students by mean squared error: {layers, mean, scale}."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed % 2**63)
     features = one_hot(net, students)
     mean, scale = labels.mean(0), labels.std(0).clamp(min=1e-4)  # both targets at one scale
     sizes = [features.shape[1], *HIDDEN, 2]
@@ -146,8 +145,9 @@ def compare(measured, halves, predicted):
     images, and the predictions of the last students (T, 2).
 
     A search needs the order alone: Kendall's tau-b is the share of pairs in the right order less
-    that of pairs in the wrong one. A label moves on other images as its two halves differ, which
-    share none: that difference has twice the variance of one between two labels.
+    that of pairs in the wrong one. Half of the images give twice the variance, and halves share
+    none: so they differ with twice the variance of two labels. All students share their images:
+    the part of this that moves all of them alike is no error of the predictor.
     """
     test = measured[-len(predicted):]
     error = (predicted - test).square().mean(0).sqrt()
@@ -171,18 +171,18 @@ def widths(args, net, shared, teacher, data):
         rows.append({"student": value, **measure(args, network, data)})
     return rows
 
-def pictures(args, student, data):
+def pictures(args, network, data):
     """A PNG with a column for each of 8 held-out images that the student gets right: the image, the
     change x 16 around gray, and their sum; framed green where the student is right, else red."""
     from torchvision.utils import make_grid, save_image
 
-    calibrated(student, data["train"][: args.calibration_images])
+    calibrated(network, data["train"][: args.calibration_images])
     x, y = data["held_out"][:100] / 255, data["held_out_labels"][:100]
-    pick = (student(x).argmax(1) != y).int().argsort(stable=True)[:8]
+    pick = (network(x).argmax(1) != y).int().argsort(stable=True)[:8]
     x, y = x[pick], y[pick]
-    x_adv = pgd(student, x, lambda logits: F.cross_entropy(logits, y), torch.zeros_like(x),
+    x_adv = pgd(network, x, lambda logits: F.cross_entropy(logits, y), torch.zeros_like(x),
                 args.eps / 255, args.step_size / 255, args.steps)
-    right = torch.cat([student(x).argmax(1) == y] * 2 + [student(x_adv).argmax(1) == y]).cpu()
+    right = torch.cat([network(at).argmax(1) == y for at in (x, x, x_adv)]).cpu()
     frames = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.6, 0.0]])[right.long(), :, None, None]
     frames = frames.repeat(1, 1, 36, 36)  # red or green
     frames[:, :, 2:-2, 2:-2] = torch.cat([x, 0.5 + 16 * (x_adv - x), x_adv]).clamp(0, 1).cpu()
@@ -234,9 +234,8 @@ def sample(net, rng, varies="", base=()):
 
 class Network:
     """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. A layer's weight is
-    the leading slice of the shared one that its inputs and outputs ask for, taken once and kept for
-    all steps of an attack and the loss after them; gradients flow back through it. Batch norm has
-    the batch's statistics, as in training, until the student is calibrated."""
+    the leading slice of the shared one, taken once for an attack and the loss after it; gradients
+    flow back through it. Batch norm has the batch's statistics until the student is calibrated."""
     def __init__(self, net, weights, student):
         self.net, self.shared = net, weights
         self.choice = dict(zip(net["genes"], student))
@@ -365,8 +364,7 @@ def load_images(args, net, device):
     return moved(images, device)
 
 # ---- Files: the only thing that chapters share; each is written whole or not at all --------------
-def fail(message):
-    """One line on stderr, exit code 2."""
+def fail(message):  # one line on stderr, exit code 2
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -379,12 +377,11 @@ def write(path, content):
         temporary.unlink(missing_ok=True)
 
 def write_csv(path, rows):
-    """Write a table, rows of the same columns."""
     text = io.StringIO()
     table = csv.DictWriter(text, rows[0], lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    write(path, text.getvalue().encode())
+    write(path, text.getvalue().encode(errors="replace"))
 
 def save(path, settings, **content):
     """Write tensors, numbers and words, with the settings that they were made with."""
@@ -394,20 +391,18 @@ def save(path, settings, **content):
 
 def load(path, settings):
     """What save() wrote, and `mark`, its checksum; exits if it is damaged or of other settings."""
+    content = path.read_bytes()
     try:
-        archive = zipfile.ZipFile(path)
-        if archive.testzip():
+        if zipfile.ZipFile(io.BytesIO(content)).testzip():
             raise zipfile.BadZipFile
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        made_with = dict(content["settings"])
-    except OSError:
-        raise  # run_chapter() says why it could not be read
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        made_with = dict(loaded["settings"])
     except Exception as error:  # of many kinds
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
     for name, value in {**settings, "file": path.name}.items():
         if made_with.get(name) != value:
             fail(f"{path}: {name} was {made_with.get(name)}, not {value}: --restart or other --out")
-    return {**content, "mark": zlib.crc32(repr([part.CRC for part in archive.infolist()]).encode())}
+    return {**loaded, "mark": hashlib.sha256(content).hexdigest()[:12]}
 
 def moved(content, device, learn=False):
     """A copy with all tensors on the device, where they get gradients if they are to learn."""
@@ -418,37 +413,40 @@ def moved(content, device, learn=False):
 CHAPTERS = ["01_dynamic_net.py", "02_teacher_trades.py", "03_progressive_rslad.py",
             "04_predictor.py", "05_nsga2.py"]
 PRESETS = ["paper", "quick", "tiny"]
+COMMON = {  # flags of every chapter, which it passes on to those that it runs
+    "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
+    "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
+    "preset": {"choices": PRESETS, "help": "of all numbers below; default: paper, for toy tiny"},
+    "out": {"type": Path, "help": "folder of all files; default: runs/<dataset>-<net>"},
+    "seed": {"default": 0, "type": int},
+    "device": {"help": "cpu, cuda or cuda:N; default: cuda if there is one"},
+}
 
 def read_flags(**others):
-    """All chapters' flags, others, and FLAGS; adds `given`, for the chapters that this one runs."""
-    parser = argparse.ArgumentParser(description=__doc__, add_help=False, allow_abbrev=False,
+    """COMMON's flags, others, and FLAGS, by default the preset's; adds `given`, to pass on, and
+    `common` and `settings`, which files are made with."""
+    others["restart"] = {"action": "store_true", "help": "start this chapter over"}
+    for flag, (*values, least, most, text) in FLAGS.items():
+        text += f"; {least} to {most}; presets {values}"
+        others[flag] = {"type": type(values[0]), "help": text}
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, add = fail, parser.add_argument
-    add("--dataset", default="cifar10", help="cifar10, cifar100, toy, or a folder of images")
-    add("--net", choices=["resnet50", "mbv3"], default="resnet50")
-    add("--preset", choices=PRESETS, help="of all numbers below; default: paper, for toy tiny")
-    add("--out", type=Path, help="folder of all files; default: runs/<dataset>-<net>")
-    add("--seed", type=int, default=0)
-    add("--device", help="cpu, cuda or cuda:N; default: cuda if there is one")
-    args = parser.parse_known_args()[0]
-    given = [f"--{flag}={value}" for flag, value in vars(args).items()
-             if value != parser.get_default(flag)]
-    preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
-    for flag, settings in others.items():
-        add("--" + flag.replace("_", "-"), **settings)
-    for flag, (*values, _, text) in FLAGS.items():
-        value, text = values[PRESETS.index(preset)], f"{text} (presets: {values})"
-        add("--" + flag.replace("_", "-"), type=type(value), default=value, help=text)
-    add("--restart", action="store_true", help="start this chapter over")
-    add("-h", "--help", action="help")
+    parser.error = fail
+    for flag, options in {**COMMON, **others}.items():
+        parser.add_argument("--" + flag.replace("_", "-"), **options)
     args = parser.parse_args()
+    args.given = [f"--{flag}={value}" for flag, value in vars(args).items()
+                  if flag in COMMON and value != parser.get_default(flag)]
+    preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
+    for flag, (*values, least, most, text) in FLAGS.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, values[PRESETS.index(preset)])
+        if not least <= getattr(args, flag) <= most:
+            fail(f"{flag} is {getattr(args, flag)}, not {least} to {most}: {text}")
     args.settings = {flag: getattr(args, flag) for flag in FLAGS}
-    for flag, value in args.settings.items():
-        if not 0 < value <= FLAGS[flag][3]:
-            fail(f"{flag} is {value}: it must be above 0 and at most {FLAGS[flag][3]}")
-    name, args.given = Path(args.dataset).resolve().name, given
-    args.out = args.out or Path("runs", f"{name}-{args.net}")
+    name = Path(args.dataset).resolve().name
     args.common = {"dataset": name, "net": args.net, "preset": preset, "seed": args.seed}
+    args.out = args.out or Path("runs", f"{name}-{args.net}")
     return args
 
 def pick_device(args):
@@ -464,10 +462,10 @@ def pick_device(args):
     return device, precision, f"{device} in {'bf16' if bf16 else 'float32'}"
 
 def run_missing(args, *files):
-    """Run the first chapters whose file is missing; being stopped stops the one that runs, too."""
+    """Run each earlier chapter whose file is missing; if stopped, it stops the one that runs."""
     for name, script in zip(files, CHAPTERS):
         if not (args.out / name).exists():
-            print(f"{args.out / name} is missing: running {script}\n", flush=True)
+            print(f"{args.out / name} is missing: running {script}\n")
             command = [sys.executable, Path(__file__).resolve().with_name(script), *args.given]
             command += [f"--sampling={args.sampling}"] if script > "03" else []
             if subprocess.run(command).returncode:
@@ -475,7 +473,7 @@ def run_missing(args, *files):
 
 def finish(args, rows, wrote, following=""):
     for line in [rows[0], *(row.values() for row in rows)] if rows else []:
-        print(*(f"{round(cell, 4) if isinstance(cell, float) else cell:>17}" for cell in line))
+        print(*(f"{format(cell, '.4g') if isinstance(cell, float) else cell:>17}" for cell in line))
     print("wrote", *wrote)
     if following:
         print("next: python", following, shlex.join(args.given))
@@ -483,14 +481,15 @@ def finish(args, rows, wrote, following=""):
 def run_chapter():
     """main(); being stopped, or a file that cannot be read or written, ends it with one line."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a child is ended, too
-    sys.stdout.reconfigure(errors="replace")  # for letters that a terminal lacks
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal may lack letters
     try:
         main()
     except KeyboardInterrupt:
         print("stopped; the same command, without --restart, goes on from here", file=sys.stderr)
         raise SystemExit(130)
     except OSError as error:
-        fail(f"{error.filename or 'a file'} could not be read or written: {error.strerror}")
+        sys.stdout = None  # it may be what failed, as with `| head`
+        fail(f"{error.filename or 'the output'} could not be read or written: {error.strerror}")
 
 if __name__ == "__main__":
     run_chapter()

@@ -1,36 +1,33 @@
 """Chapter 5: multi-objective search (paper, sections 4.5, 5.0.2, 5.3; NSGA-II, Deb et al., 2002).
 
-The best student for a device, by predicted accuracy and robustness within a budget of MACs:
-
-    generation = the best of random students            # and the smallest, which fits any budget
+    objectives = predicted accuracy and robustness; no more MACs than the device's budget
+    generation = random students                        # and the smallest, which fits any budget
     repeat:                                             # 100 times in the paper
         children = genes from two parents, some drawn anew; parents win tournaments of two
-        generation = the best half of both:             # by rank: whom only better ranks dominate;
-                                                        # then by room: the less crowded first
+        generation = the best half of both              # by rank, then the less crowded first
     chosen = the best sum of both objectives on the first front
 
     python 05_nsga2.py --dataset toy                                  # alone, the whole chain
     python 05_nsga2.py --dataset cifar10 --max-macs 500 1000 2000     # for three devices
-    python 05_nsga2.py --dataset cifar10 --figures                    # only draw what there is
 
 reads   01_dynamic_net.pt, 04_predictor.pt (made first if missing); for figures, all tables
-writes  05_population.csv, 05_front.csv, 05_best.csv, 05_search.pt     generations, the last front,
-            what was chosen, as predicted; the same for --student and --judge (also ..._random)
+writes  05_population.csv, 05_front.csv     first and last generation, and its front, as predicted
+        05_best.csv, 05_search.pt   what was chosen, for --student and --judge (also ..._random)
         table1.csv, student.pt2     what was chosen, on the test images, and exported, by chapter 2
-        05_cost.csv, *.svg     hours for 1 to 50 devices; the figures, from all chapters' tables
+        05_cost.csv, *.svg          hours for 1 to 50 devices; figures of all tables (--figures)
 """
-import argparse, csv, html, io, math, os, random, shlex, signal, subprocess, sys
-import time, zipfile, zlib
+import argparse, csv, hashlib, html, io, math, os, random, shlex, signal, subprocess, sys
+import time, zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-FLAGS = {  # flag: (paper, quick, tiny, at most, help)
-    "population": (100, 100, 40, 10**6, "students of a generation; released code 100"),
-    "generations": (100, 100, 20, 10**6, "paper 100 (section 5.3)"),
-    "mutation": (0.1, 0.1, 0.1, 1, "probability of a gene to be drawn anew; paper 0.1"),
+FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
+    "population": (100, 100, 40, 2, 10**6, "students of a generation; released code 100"),
+    "generations": (100, 100, 20, 1, 10**6, "paper 100 (section 5.3)"),
+    "mutation": (0.1, 0.1, 0.1, 0, 1, "probability of a gene to be drawn anew; paper 0.1"),
 }
 
 # ---- The lesson: NSGA-II -------------------------------------------------------------------------
@@ -49,26 +46,25 @@ def main():
     predictor = load(args.out / fitted, net["settings"])
     least, most = (cost(net, student_at(net, place))[1] / 1e6 for place in (0, -1))
     budgets = args.max_macs or [2000.0 if most > 2000 else round((least + most) / 2, 1)]
-    if not all(least <= budget < math.inf for budget in budgets):
-        fail(f"--max-macs must be at least {math.ceil(100 * least) / 100}, what the smallest needs")
+    if not all(least <= budget <= 1000 * most for budget in budgets):
+        fail(f"--max-macs is in millions, from {math.ceil(100 * least) / 100} (the smallest) on")
     settings = {**net["settings"], **args.settings, "max_macs": budgets, "fit": predictor["mark"]}
     if not done.exists() or args.restart:
-        done.unlink(missing_ok=True)
-        found = search(args, net, predictor, budgets, end)
-        for old in (args.out / "table1.csv", *args.out.glob("student*.pt2")):
-            old.unlink(missing_ok=True)  # chapter 2 makes them anew
-        save(done, settings, students=found, searched=trained)
+        for old in (done, args.out / "table1.csv", *args.out.glob("student*.pt2")):
+            old.unlink(missing_ok=True)  # chapter 2 makes all of them anew
+        students = search(args, net, predictor, budgets, end)
+        save(done, settings, students=students, searched=trained)
     load(done, settings)
     if (args.out / "table1.csv").exists():
         return finish(args, [], [f"{done} earlier (--restart makes it anew)"])
     command = [sys.executable, Path(__file__).resolve().with_name(CHAPTERS[1]), *args.given]
-    if subprocess.run([*command, "--judge"]).returncode:
+    if subprocess.run([*command, "--judge", f"--eps={predictor['settings']['eps']}"]).returncode:
         raise SystemExit(2)  # it has said why
     finish(args, [], figures(args))
 
 def search(args, net, predictor, budgets, end):
     """Search a student for each budget, in millions of MACs, and write the tables."""
-    print(f"{args.generations} generations of {args.population}, on the CPU in float32", flush=True)
+    print(f"{args.generations} generations of {args.population}, on the CPU in float32")
     tables, chosen = {"population": [], "front": [], "best": []}, {}
     for budget in budgets:
         def evaluate(students):
@@ -82,24 +78,25 @@ def search(args, net, predictor, budgets, end):
                 row = {"max_macs": budget, "generation": name, **dict(zip(net["genes"], student))}
                 row |= zip(("params", "macs"), cost(net, student))
                 rows.append(row | {"predicted_natural": natural, "predicted_robust": robust})
-        last = rows[-len(students):]
+        last = rows[-len(students):]  # students, objectives and violation: of the last generation
         front = np.flatnonzero(non_dominated_sort(dominance(objectives, violation)) == 0)
         front = front[objectives[front, 0].argsort()]
-        pick, name = front[objectives[front].sum(1).argmax()], f"best{end}_{budget:g}M"
+        pick = front[objectives[front].sum(1).argmax()]
+        name = f"best{end}" + (f"_{budget:.12g}M" if len(budgets) > 1 else "")
         chosen[name] = students[pick]
         tables["population"] += rows
         tables["front"] += [last[i] for i in front]
-        tables["best"].append({"student": name, **last[pick], "seconds": time.monotonic() - begun})
+        more = {"eps": predictor["settings"]["eps"], "seconds": time.monotonic() - begun}
+        tables["best"].append({"student": name, **last[pick], **more})
     for name, rows in tables.items():
         write_csv(args.out / f"05_{name}{end}.csv", rows)
-    shown = [{name: row[name] for name in row if name not in net["genes"]} for row in rows]
+    shown = [{key: row[key] for key in row if key not in net["genes"]} for row in tables["best"]]
     finish(args, shown, [args.out / f"05_{name}{end}.csv" for name in tables])
     return chosen
 
 def nsga2(net, evaluate, population, generations, mutation, seed):
-    """Evolve students towards large objectives; evaluate(students) gives ((N, M) objectives, (N,)
-    violations >= 0). Returns the first and the last generation, (students, objectives, violations)
-    each, best first; none holds a student twice."""
+    """Evolve students towards large objectives; evaluate(students) gives them, (N, M), and by how
+    much the budget is violated, (N,). Returns the first and the last generation, best first."""
     rng = random.Random(seed)
     def fill(students, draw):  # up to `population` more, all different
         students = dict.fromkeys(students)
@@ -108,7 +105,7 @@ def nsga2(net, evaluate, population, generations, mutation, seed):
             if len(students) < known + population:
                 students[draw()] = None
         return list(students)[known:]
-    def child():  # of two tournaments: of two parents the better one; they are sorted, best first
+    def child():  # parents are sorted, best first: of two random places the lower one wins
         mother, father = (parents[min(rng.choices(range(len(parents)), k=2))] for _ in range(2))
         return breed(net, mother, father, mutation, rng)
     smallest = student_at(net, 0)  # one that always fits
@@ -128,7 +125,7 @@ def survivors(students, objectives, violation, population):
     distance = np.empty(len(rank))
     for level in range(rank.max() + 1):
         distance[rank == level] = crowding_distance(objectives[rank == level])
-    best = np.lexsort((-distance, rank))[:population]
+    best = np.lexsort((-distance, rank))[:population]  # the last key, rank, counts first
     return [students[i] for i in best], objectives[best], violation[best]
 
 def dominance(objectives, violation):
@@ -166,14 +163,14 @@ def breed(net, mother, father, mutation, rng):
     child = []
     for genes, choices in zip(zip(mother, father), net["genes"].values()):
         gene = rng.choice(genes)
-        anew = rng.random() < mutation or gene not in choices
+        anew = rng.random() < mutation or gene not in choices  # 0, where it was off
         child.append(rng.choice(choices) if anew else gene)
     return canonical(net, child)
 
 def cost(net, student):
-    """(parameters, MACs of one 3x32x32 image) of a student; MACs of convolutions alone."""
+    """(parameters, MACs of one 3x32x32 image) of a student; its classifier is a 1x1 layer here."""
     choice, side = dict(zip(net["genes"], student)), 32 // net["stem_stride"]
-    # a convolution: inputs of a channel, channels, kernel, side of its map, batch norm 2 or bias 1
+    # a layer: inputs of a channel, channels, kernel, side of its map, 2 if batch norm or 1 if bias
     if "kernel" in net:
         x = net["stem"]
         layers = [(3, x, 3, side, 2), (1, x, 3, side, 2), (x, x, 1, side, 2)]
@@ -222,7 +219,7 @@ def plot(path, *panels):
               for *labels, series in panels]
     if not panels or not all(series for *_, series in panels):
         return []
-    parts = []
+    parts = ['<rect class="page" width="100%" height="100%"/>']
     def text(x, y, words, anchor="middle", more=""):
         words = html.escape(words)
         parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{words}</text>')
@@ -262,17 +259,16 @@ def plot(path, *panels):
                 parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" {look}/>'
                           for x, y in [*points, (left + 4, legend)]]
             text(left + 20, legend + 4, name, "start")
-    size = f'viewBox="0 0 {420 * len(panels) + 20} {400 + 18 * max(len(s) for *_, s in panels)}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>'
-    head += f'<style>{STYLE}</style><rect class="page" width="100%" height="100%"/>'
-    write(path, "\n".join([head, *parts, "</svg>\n"]).encode())
+    size = f"0 0 {420 * len(panels) + 20} {400 + 18 * max(len(s) for *_, s in panels)}"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}"><style>{STYLE}</style>'
+    write(path, "\n".join([head, *parts, "</svg>\n"]).encode(errors="replace"))
     return [path]
 
 def table(args, name, **wanted):
     """The rows of a table in the folder whose columns are as wanted; none if there is no table."""
     path = args.out / f"{name}.csv"
-    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-    return [row for row in rows if wanted.items() <= row.items()]
+    text = io.StringIO(path.read_text("utf-8") if path.exists() else "")
+    return [row for row in csv.DictReader(text) if wanted.items() <= row.items()]
 
 def points(rows, x, y, style="line"):
     """(style, xs, ys) for plot(), accuracies in %, of the rows that hold two numbers below 1e9."""
@@ -317,8 +313,11 @@ def figures(args):
                 series[f"{name} generation"] = points(rows, *axes, "dots")
             series["front"] = points(table(args, f"05_front{end}", **budget), *axes)
             series["chosen, predicted"] = points([best], *axes, "rings")
-            judged = table(args, "table1", student=best.get("student"), file=f"03_{sampling}")
-            series["chosen, on test images"] = points(judged, "natural", "pgd20", "rings")
+            for row in table(args, "table1", student=best.get("student"), file=f"03_{sampling}"):
+                label = f"chosen, on test images, eps {row['eps']}/255"
+                series[label] = points([row], "natural", "pgd20", "rings")
+                if row["eps"] != best["eps"]:
+                    print(f"table 1: eps {row['eps']}/255, the predictor: {best['eps']}/255")
             panels.append((f"{budget['max_macs']} million MACs", NATURAL, ROBUST, series))
         draw(f"05_population{end}", *panels)
     draw("04_students", (title, NATURAL, ROBUST, clouds))
@@ -329,8 +328,8 @@ def figures(args):
     return files
 
 def costs(args):
-    """Figure 8: hours for 1 to 50 devices, a student retrained for each by RSLAD, or one dynamic
-    network, the measured students, and a search for each; both need the same teacher first."""
+    """Figure 8: hours for 1 to 50 devices: RSLAD for each, or one dynamic network, the measured
+    students, and a search for each; both need the same teacher first."""
     def seconds(name):
         return points(table(args, name), "seconds", "seconds")[1]
     alone = [sum(seconds(f"{path.stem}_log")) for path in args.out.glob("03_fixed_*.pt")]
@@ -386,8 +385,7 @@ def sample(net, rng, varies="", base=()):
                            for (gene, choices), kept in genes])
 
 # ---- Files: the only thing that chapters share; each is written whole or not at all --------------
-def fail(message):
-    """One line on stderr, exit code 2."""
+def fail(message):  # one line on stderr, exit code 2
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -400,12 +398,11 @@ def write(path, content):
         temporary.unlink(missing_ok=True)
 
 def write_csv(path, rows):
-    """Write a table, rows of the same columns."""
     text = io.StringIO()
     table = csv.DictWriter(text, rows[0], lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    write(path, text.getvalue().encode())
+    write(path, text.getvalue().encode(errors="replace"))
 
 def save(path, settings, **content):
     """Write tensors, numbers and words, with the settings that they were made with."""
@@ -415,63 +412,64 @@ def save(path, settings, **content):
 
 def load(path, settings):
     """What save() wrote, and `mark`, its checksum; exits if it is damaged or of other settings."""
+    content = path.read_bytes()
     try:
-        archive = zipfile.ZipFile(path)
-        if archive.testzip():
+        if zipfile.ZipFile(io.BytesIO(content)).testzip():
             raise zipfile.BadZipFile
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        made_with = dict(content["settings"])
-    except OSError:
-        raise  # run_chapter() says why it could not be read
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        made_with = dict(loaded["settings"])
     except Exception as error:  # of many kinds
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
     for name, value in {**settings, "file": path.name}.items():
         if made_with.get(name) != value:
             fail(f"{path}: {name} was {made_with.get(name)}, not {value}: --restart or other --out")
-    return {**content, "mark": zlib.crc32(repr([part.CRC for part in archive.infolist()]).encode())}
+    return {**loaded, "mark": hashlib.sha256(content).hexdigest()[:12]}
 
 # ---- Flags, and how chapters follow each other ---------------------------------------------------
 CHAPTERS = ["01_dynamic_net.py", "02_teacher_trades.py", "03_progressive_rslad.py",
             "04_predictor.py", "05_nsga2.py"]
 PRESETS = ["paper", "quick", "tiny"]
+COMMON = {  # flags of every chapter, which it passes on to those that it runs
+    "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
+    "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
+    "preset": {"choices": PRESETS, "help": "of all numbers below; default: paper, for toy tiny"},
+    "out": {"type": Path, "help": "folder of all files; default: runs/<dataset>-<net>"},
+    "seed": {"default": 0, "type": int},
+    "device": {"help": "cpu, cuda or cuda:N; default: cuda if there is one"},
+}
 
 def read_flags(**others):
-    """All chapters' flags, others, and FLAGS; adds `given`, for the chapters that this one runs."""
-    parser = argparse.ArgumentParser(description=__doc__, add_help=False, allow_abbrev=False,
+    """COMMON's flags, others, and FLAGS, by default the preset's; adds `given`, to pass on, and
+    `common` and `settings`, which files are made with."""
+    others["restart"] = {"action": "store_true", "help": "start this chapter over"}
+    for flag, (*values, least, most, text) in FLAGS.items():
+        text += f"; {least} to {most}; presets {values}"
+        others[flag] = {"type": type(values[0]), "help": text}
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, add = fail, parser.add_argument
-    add("--dataset", default="cifar10", help="cifar10, cifar100, toy, or a folder of images")
-    add("--net", choices=["resnet50", "mbv3"], default="resnet50")
-    add("--preset", choices=PRESETS, help="of all numbers below; default: paper, for toy tiny")
-    add("--out", type=Path, help="folder of all files; default: runs/<dataset>-<net>")
-    add("--seed", type=int, default=0)
-    add("--device", help="cpu, cuda or cuda:N; default: cuda if there is one")
-    args = parser.parse_known_args()[0]
-    given = [f"--{flag}={value}" for flag, value in vars(args).items()
-             if value != parser.get_default(flag)]
-    preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
-    for flag, settings in others.items():
-        add("--" + flag.replace("_", "-"), **settings)
-    for flag, (*values, _, text) in FLAGS.items():
-        value, text = values[PRESETS.index(preset)], f"{text} (presets: {values})"
-        add("--" + flag.replace("_", "-"), type=type(value), default=value, help=text)
-    add("--restart", action="store_true", help="start this chapter over")
-    add("-h", "--help", action="help")
+    parser.error = fail
+    for flag, options in {**COMMON, **others}.items():
+        parser.add_argument("--" + flag.replace("_", "-"), **options)
     args = parser.parse_args()
+    args.given = [f"--{flag}={value}" for flag, value in vars(args).items()
+                  if flag in COMMON and value != parser.get_default(flag)]
+    preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
+    for flag, (*values, least, most, text) in FLAGS.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, values[PRESETS.index(preset)])
+        if not least <= getattr(args, flag) <= most:
+            fail(f"{flag} is {getattr(args, flag)}, not {least} to {most}: {text}")
     args.settings = {flag: getattr(args, flag) for flag in FLAGS}
-    for flag, value in args.settings.items():
-        if not 0 < value <= FLAGS[flag][3]:
-            fail(f"{flag} is {value}: it must be above 0 and at most {FLAGS[flag][3]}")
-    name, args.given = Path(args.dataset).resolve().name, given
-    args.out = args.out or Path("runs", f"{name}-{args.net}")
+    name = Path(args.dataset).resolve().name
     args.common = {"dataset": name, "net": args.net, "preset": preset, "seed": args.seed}
+    args.out = args.out or Path("runs", f"{name}-{args.net}")
     return args
 
 def run_missing(args, *files):
-    """Run the first chapters whose file is missing; being stopped stops the one that runs, too."""
+    """Run each earlier chapter whose file is missing; if stopped, it stops the one that runs."""
     for name, script in zip(files, CHAPTERS):
         if not (args.out / name).exists():
-            print(f"{args.out / name} is missing: running {script}\n", flush=True)
+            print(f"{args.out / name} is missing: running {script}\n")
             command = [sys.executable, Path(__file__).resolve().with_name(script), *args.given]
             command += [f"--sampling={args.sampling}"] if script > "03" else []
             if subprocess.run(command).returncode:
@@ -479,7 +477,7 @@ def run_missing(args, *files):
 
 def finish(args, rows, wrote, following=""):
     for line in [rows[0], *(row.values() for row in rows)] if rows else []:
-        print(*(f"{round(cell, 4) if isinstance(cell, float) else cell:>17}" for cell in line))
+        print(*(f"{format(cell, '.4g') if isinstance(cell, float) else cell:>17}" for cell in line))
     print("wrote", *wrote)
     if following:
         print("next: python", following, shlex.join(args.given))
@@ -487,14 +485,15 @@ def finish(args, rows, wrote, following=""):
 def run_chapter():
     """main(); being stopped, or a file that cannot be read or written, ends it with one line."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a child is ended, too
-    sys.stdout.reconfigure(errors="replace")  # for letters that a terminal lacks
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal may lack letters
     try:
         main()
     except KeyboardInterrupt:
         print("stopped; the same command, without --restart, goes on from here", file=sys.stderr)
         raise SystemExit(130)
     except OSError as error:
-        fail(f"{error.filename or 'a file'} could not be read or written: {error.strerror}")
+        sys.stdout = None  # it may be what failed, as with `| head`
+        fail(f"{error.filename or 'the output'} could not be read or written: {error.strerror}")
 
 if __name__ == "__main__":
     run_chapter()

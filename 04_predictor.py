@@ -66,7 +66,8 @@ def main():
     measuring = {name: settings[name] for name in settings if name not in fitting}
     students = distinct_students(net, args)
     rows = load(state, measuring)["rows"] if state.exists() else []
-    print(f"{args.students} students, PGD-{args.steps}, on {device} in float32")
+    count = min(args.images, len(data["held_out"]))
+    print(f"{args.students} students, PGD-{args.steps}, {count} images, on {device} in float32")
     said = time.monotonic()
     for student in students[len(rows):]:
         row = measure(args, Network(net, shared, student), data)

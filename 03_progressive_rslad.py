@@ -16,8 +16,7 @@ Students shrink in three steps; kernels are Dyn-MobileNetV3's widths. The loss i
     python 03_progressive_rslad.py --sampling fixed --student usual    # RSLAD of one, from scratch
 
 reads   01_images.pt, 01_dynamic_net.pt, 02_teacher.pt (made first if missing)
-writes  03_progressive.pt, _log.csv     the shared weights; a row for each epoch (or 03_random...,
-        03_fixed_<student>_by_<teacher>...)
+writes  03_progressive.pt, _log.csv (03_random..., 03_fixed_...)    weights; a row for each epoch
 """
 import argparse, csv, hashlib, io, logging, math, os, random, shlex, signal, subprocess, sys, time
 import zipfile
@@ -116,19 +115,18 @@ def main():
                 with torch.no_grad():
                     target = teacher(x).log_softmax(1)  # log T(x), (B, classes)
 
-                # L_max of equation 2; where student and teacher agree, as they do at first, the
-                # gradient of the KL is zero: so PGD starts a little beside x.
+                # L_max of equation 2: the attack. At a KL of zero its gradient is: start beside x.
                 noise = 0.001 * torch.randn_like(x)
                 x_adv = pgd(network, x, lambda logits: kl(logits, target), noise, *attack)
 
-                # L_min of equation 2, by the batch's statistics: running ones would mix students.
+                # L_min: the loss. Batch statistics, for running ones would mix students.
                 natural, adversarial = kl(network(x), target), kl(network(x_adv), target)
                 loss = (1 - args.alpha) * natural + args.alpha * adversarial
 
             share = (epoch_of_step + (i + 1) / batches) / epochs_of_step  # of the step
             cosine = (1 + math.cos(math.pi * share)) / 2  # from 1 to 0 in each step
             optimizer.param_groups[0]["lr"] = args.lr * min(share / args.warmup, cosine)
-            optimizer.zero_grad()  # to None: what the student lacks keeps still, decay and all
+            optimizer.zero_grad()  # to None: layers that no student used do not even decay
             loss.backward()  # through the slices into the shared weights (equation 3)
             optimizer.step()
             losses[i] = torch.stack([loss, natural, adversarial]).detach()
@@ -153,8 +151,8 @@ def main():
             save(state, settings, weights=shared, sgd=optimizer.state_dict(), rows=rows, best=None)
     save(checkpoint, settings, weights=moved(shared, "cpu"))
     state.unlink(missing_ok=True)
-    table = [{"held-out images": name, "natural": row[f"natural_{name}"],
-              f"PGD-{args.steps}": row[f"robust_{name}"]} for name in looks]
+    table = [{"held-out images": name, "natural": rows[-1][f"natural_{name}"],
+              f"PGD-{args.steps}": rows[-1][f"robust_{name}"]} for name in looks]
     finish(args, table, [checkpoint, log], following)
 
 @torch.no_grad()
@@ -162,12 +160,14 @@ def sort_channels(net, shared):
     """Order each block's middle channels by importance, the L1 norm of the weights that read them,
     so that smaller expansions keep the important ones. The largest network's function stays."""
     for block in [gene.removeprefix("expand_") for gene in net["genes"] if "expand" in gene]:
-        order = shared[f"{block}_last"].abs().sum((0, 2, 3)).argsort(descending=True)
-        made_by = ["reduce", "reduce_scale", "reduce_shift", "middle", "middle_scale",
-                   "middle_shift", "excite", "excite_bias"]
-        for dim, parts in enumerate([made_by, ["middle", "last", "squeeze"]]):
-            for name in [f"{block}_{part}" for part in parts]:
-                if name in shared and shared[name].shape[dim] > 1:  # 1: of a depthwise convolution
+        makers = {"last": ["middle"], "middle": ["reduce"]}  # of the channels that a layer reads
+        if "kernel" in net:  # a depthwise kernel has one channel throughout: one order for both
+            makers = {"last": ["middle", "reduce", "excite"]}
+        for reader, layers in makers.items():
+            order = shared[f"{block}_{reader}"].abs().sum((0, 2, 3)).argsort(descending=True)
+            made = [layer + end for layer in layers for end in ("", "_scale", "_shift", "_bias")]
+            for dim, parts in enumerate([made, [reader, "squeeze"]]):  # outputs, inputs
+                for name in {f"{block}_{part}" for part in parts} & {*shared}:
                     shared[name].copy_(shared[name].index_select(dim, order))
 
 def exported_network(path, x, classes):  # exits if it does not give images x a logit per class

@@ -322,8 +322,9 @@ def test_sorting_channels_leaves_the_largest_network_and_orders_by_importance(ne
     c3.sort_channels(net, shared)
     after = c3.Network(net, shared, largest)(x)
     torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-5)
-    importance = shared["2_1_last"].abs().sum((0, 2, 3))
-    assert (importance[:-1] >= importance[1:]).all()
+    for name in ("2_1_last", "2_1_middle"):  # which reads one channel, if it is depthwise
+        importance = shared[name].abs().sum((0, 2, 3))
+        assert (importance.diff() <= 0).all()
 
 
 # ---- Attack, judgement, augmentation -------------------------------------------------------------
@@ -540,7 +541,15 @@ def test_sorting_and_crowding_agree_with_brute_force():
     assert c5.survivors([*"abcde"], points, np.zeros(5), 3)[0] == [*"adc"]
 
 
-def test_nsga2_reaches_the_true_front_and_keeps_the_budget():
+def test_a_child_has_genes_of_both_parents_or_new_ones():
+    net, rng = TINY[1], random.Random(SEED)
+    parents, place = [c5.student_at(net, i) for i in (0, -1)], [*net["genes"]].index("expand_1_1")
+    for mutation, expected in ((0, {2, 4}), (1, {2, 3, 4})):
+        children = [c5.breed(net, *parents, mutation, rng) for _ in range(100)]
+        assert {child[place] for child in children} == expected
+
+
+def test_nsga2_reaches_the_true_front_and_keeps_the_budget(monkeypatch):
     net, rng = TINY[1], np.random.default_rng(SEED)  # 1,764 students: all can be looked at
     everyone = sorted({c5.canonical(net, s) for s in itertools.product(*net["genes"].values())})
     effect = rng.normal(size=(c5.one_hot(net, everyone).shape[1], 2))
@@ -549,13 +558,15 @@ def test_nsga2_reaches_the_true_front_and_keeps_the_budget():
     def evaluate(students):
         macs = np.array([c5.cost(net, student)[1] / 1e6 for student in students])
         return c5.one_hot(net, students).numpy() @ effect, (macs - 1.1).clip(0)
-    objectives, violation = evaluate(everyone)
-    fits = np.flatnonzero(violation == 0)
-    true = {everyone[i] for i in fits if not any(beats(objectives[j], objectives[i]) for j in fits)}
-    first, (students, found, exceeded) = c5.nsga2(net, evaluate, 60, 150, 0.1, SEED)
-    rank = c5.non_dominated_sort(c5.dominance(found, exceeded))
-    assert {s for s, level in zip(students, rank) if level == 0} == true and len({*students}) == 60
-    assert not exceeded[rank == 0].any() and len({*first[0]} & true) < len(true)
+
+    def front(students, *scores):
+        return {students[i] for i in np.flatnonzero(~c5.dominance(*scores).any(0))}
+    mothers, breed = [], c5.breed
+    monkeypatch.setattr(c5, "breed", lambda net, mother, *rest: mothers.append(mother) or breed(
+        net, mother, *rest))
+    first, last = c5.nsga2(net, evaluate, 60, 150, 0.1, SEED)
+    assert front(*last) == front(everyone, *evaluate(everyone)) and len({*last[0]}) == 60
+    assert np.mean([first[0].index(mother) for mother in mothers[:60]]) < 25  # the better of two
 
 
 # ---- Baselines and table 1 -----------------------------------------------------------------------
@@ -651,15 +662,15 @@ def garble(path):
     path.write_bytes(content)
 
 
-SPOIL = {
-    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-    "empty": lambda path: path.write_bytes(b""),
-    "garbled": garble,
-    "code": lambda path: torch.save({"settings": Code()}, path),
-    "foreign": lambda path: shutil.copy(path.with_name("01_students.csv"), path),
-    "another of ours": lambda path: shutil.copy(path.with_name(
+SPOIL = [
+    lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),  # cut
+    lambda path: path.write_bytes(b""),
+    garble,
+    lambda path: torch.save({"settings": Code()}, path),
+    lambda path: shutil.copy(path.with_name("01_students.csv"), path),  # foreign
+    lambda path: shutil.copy(path.with_name(  # another one of ours
         "01_images.pt" if path.name != "01_images.pt" else "02_teacher.pt"), path),
-}
+]
 READS = [(1, "01_dynamic_net.pt"), (2, "01_images.pt"), (2, "02_teacher.pt"), (3, "02_teacher.pt"),
          (3, "03_progressive.pt"), (4, "04_students.pt"), (4, "03_progressive.pt"),
          (5, "04_predictor.pt"), (5, "05_search.pt"), ("--judge", "05_search.pt")]
@@ -671,11 +682,11 @@ def test_bad_files(folder, number, file):
     if file == "04_students.pt":
         (out / "04_predictor.pt").unlink()  # else it is not read
     good = (out / file).read_bytes()
-    for kind, spoil in SPOIL.items():
+    for spoil in SPOIL:
         spoil(out / file)
         before = {path: path.read_bytes() for path in out.iterdir()}
-        assert file in run(folder, *words, code=2), kind
-        assert before == {path: path.read_bytes() for path in out.iterdir()}, kind
+        assert file in run(folder, *words, code=2)
+        assert before == {path: path.read_bytes() for path in out.iterdir()}
         assert not (folder / "hacked").exists()
         (out / file).write_bytes(good)
     (out / file).unlink()
@@ -692,7 +703,6 @@ def test_bad_files(folder, number, file):
     (3, ["--teacher", "shades/train/dark/0.png", "--restart"], "--teacher shades"),
     (3, ["--lr", 1e3, "--warmup", 0.001, "--restart"], "loss is not finite"),
     (3, ["--epochs", 3], "epochs was 2, not 3: --restart"),
-    (4, ["--test-students", 39, "--restart"], "--test-students must be"),
     (4, ["--eps", 0.031], "in 1/255: for 0.031 (paper) write 7.9"),
     (5, ["--mutation", 1.5], "mutation is 1.5, not 0 to 1"),
     (5, ["--max-macs", 2e6], "--max-macs is in millions"),
@@ -704,7 +714,6 @@ def test_bad_flags(folder, number, words, says):
 
 
 @pytest.mark.parametrize("spoil, says", [
-    (lambda root: shutil.rmtree(root / "test"), "shades/test"),
     (lambda root: (root / "train/dark/7.png").write_bytes(b""), "dark/7.png cannot be used"),
     (lambda root: shutil.rmtree(root / "test/dark"), "train/ and test/ differ in ['dark']"),
     (lambda root: [shutil.rmtree(path) for path in root.glob("train/[!b]*")], "['bright'] alone"),
@@ -735,7 +744,6 @@ def test_a_picture_is_read_as_viewers_show_it(tmp_path):
     gray = (6 * np.arange(32)[:, None] + np.arange(32)).astype(np.uint8)  # no two turns are alike
     black, clear, palette = Image.new("L", (32, 32)), *map(Image.fromarray, (255 - gray, gray))
     Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    Image.merge("LA", [black, clear]).save(tmp_path / "gray.png")
     Image.merge("RGBA", [black, black, black, clear]).save(tmp_path / "icon.png")
     palette.putpalette([0] * 768)
     palette.save(tmp_path / "palette.png", transparency=bytes(range(255, -1, -1)))
@@ -787,15 +795,11 @@ def test_the_chain_runs_and_each_stage_says_what_comes_next(chain):
         assert "earlier" in again and before == {p: p.stat().st_mtime_ns for p in out.iterdir()}
 
 
-def test_the_teacher_and_the_students_are_robust(chain):
-    _, out, _ = chain
-    teacher, log, rows = (np.array([[float(row[key]) for key in keys] for row in rows_of(
-        out / f"{name}.csv")]) for name, keys in (("02_teacher_log", ("loss", "robust")), (
-            "03_progressive_log", ("robust_smallest",)), ("04_students", ("natural", "robust"))))
-    assert len(teacher) == 5 and teacher[-1, 0] < teacher[0, 0]
-    assert teacher[:, 1].max() > 0.3 and len(log) == 6 and log[-1] > log[1]  # chance is 0.11
-    assert len(rows) == 40 and (rows[:, 1] <= rows[:, 0]).all()
-    assert rows[:, 0].mean() > 0.4 and rows[:, 1].mean() > 0.25
+def test_students_are_robust(chain):
+    natural, robust = (np.array([float(row[key]) for row in rows_of(chain[1] / "04_students.csv")])
+                       for key in ("natural", "robust"))
+    assert len(natural) == 40 and (robust <= natural).all()
+    assert natural.mean() > 0.4 and robust.mean() > 0.25  # chance is 0.11
 
 
 def test_the_search_keeps_its_budget_and_table_1_judges_for_real(chain):

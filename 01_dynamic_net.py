@@ -61,16 +61,16 @@ def main():
     args = read_flags(data_dir={"type": Path, "default": Path("data"), "help": "for CIFAR's files"})
     checkpoint = args.out / "01_dynamic_net.pt"
     if checkpoint.exists() and not args.restart:
-        print(load(checkpoint, args.common)["read"])
+        print(load(checkpoint, args.common)["summary"])
         when = f"earlier, {time.ctime(checkpoint.stat().st_mtime)} (--restart reads anew)"
         return finish(args, [], [checkpoint, when], CHAPTERS[1])
     print(f"the images of {args.dataset}, and {args.net} on the CPU in float32")
     args.out.mkdir(parents=True, exist_ok=True)
     save(args.out / "01_images.pt", args.common, **read_images(args))
-    images = load(args.out / "01_images.pt", args.common)
+    images = load(args.out / "01_images.pt", args.common)  # with its checksum, the mark
     counts = ", ".join(f"{len(images[part])} {part}" for part in ("train", "held_out", "test"))
-    read = f"{args.dataset}: {counts} images; logits in this order: {', '.join(images['names'])}"
-    print(read)
+    summary = f"{args.dataset}: {counts} images; logits in this order: {', '.join(images['names'])}"
+    print(summary)
     net = make_net(args.net, args.common["preset"], len(images["names"]))
     print(f"{len(net['genes'])} genes, {count_students(net):,} students")
     torch.manual_seed(args.seed % 2**63)
@@ -80,10 +80,12 @@ def main():
     print(f"""
 a student is one choice for each gene, 0 where its block is switched off; random_1 is
 {dict(zip(net["genes"], students["random_1"]))}
-depth: blocks of a stage (ResNet: beyond the least); width: channels, as a share of the largest's;
-kernel: side of a depthwise kernel; expand: channels inside a block, as a multiple of those outside
+depth: blocks of a stage (ResNet: beyond the least), or a second layer of the stem; width: channels
+of a stage, the stem, its middle, as a share of the largest's; kernel: side of a depthwise kernel;
+expand: channels inside a block, as a multiple of those outside
 """)
-    rows, table, x = [], [], images["test"][:8] / 255
+    x = images["test"][:8] / 255
+    rows, table = [], []
     for name, student in students.items():
         network = Network(net, shared, student)
         logits = network(x)
@@ -97,10 +99,10 @@ kernel: side of a depthwise kernel; expand: channels inside a block, as a multip
         table.append({"student": name, "M parameters": params / 1e6, "M MACs": macs / 1e6,
                       "alone it differs": (alone(x) - logits).abs().max().item()})
     share = gradient_share(net, shared, students["smallest"], images, "1_1_last")
-    print(f"the smallest student's gradient reaches {share:.0%} of the shared weight 1_1_last\n")
+    print(f"the smallest student's gradient reaches {share:.0%} of 1_1_last (stage_block_layer)\n")
     write_csv(args.out / "01_students.csv", rows)
     settings = args.common | {"data": images["mark"]}  # later chapters notice other images
-    save(checkpoint, settings, weights=shared, students=students, read=read, **net)
+    save(checkpoint, settings, weights=shared, students=students, summary=summary, **net)
     files = "01_images.pt", "01_students.csv", "01_dynamic_net.pt"
     finish(args, table, [args.out / name for name in files], CHAPTERS[1])
 
@@ -147,11 +149,11 @@ def usual(net):
     student = []
     for gene, choices in net["genes"].items():
         wanted = net["usual"].get(gene, net["usual"][gene.split("_")[0]])
-        student.append(max(choice for choice in choices if choice <= wanted))
+        student.append(max(choice for choice in choices if choice <= wanted))  # the next below
     return canonical(net, student)
 
 def count_students(net):
-    """How many genotypes the network holds, exactly (section 4.3; the paper estimates 2e19). Genes
+    """How many genotypes the network holds, exactly (section 4.3; paper: 2e19, MobileNet). Genes
     of a block that is off do not count, so the forms of a stage add up over its depths."""
     total = 1
     for gene, choices in net["genes"].items():
@@ -188,15 +190,15 @@ def student_at(net, place):
     return canonical(net, [choices[place] for choices in net["genes"].values()])
 
 def sample(net, rng, varies="", base=()):
-    """A student: genes of kinds that vary (by default all) at random, the others of `base`."""
+    """A student: genes of kinds in varies ("": all, (): none) at random, the others of `base`."""
     genes = zip(net["genes"].items(), base or student_at(net, -1))
     return canonical(net, [rng.choice(choices) if gene.startswith(varies) else kept
                            for (gene, choices), kept in genes])
 
 class Network:
-    """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. A layer's weight is
-    the leading slice of the shared one, taken once for an attack and the loss after it; gradients
-    flow back through it. Batch norm has the batch's statistics until the student is calibrated."""
+    """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its weights are
+    leading slices of the shared ones, taken in the first call: after an SGD step, make a new one.
+    Batch norm has the batch's statistics, as in training, until the student is calibrated."""
     def __init__(self, net, weights, student):
         self.net, self.shared = net, weights
         self.choice = dict(zip(net["genes"], student))
@@ -252,11 +254,12 @@ class Network:
         return F.hardswish(self.conv("head_2", x.mean((2, 3), keepdim=True), net["head"][1]))
 
     def conv_bn(self, name, x, *sizes, **options):
-        x, stats = self.conv(name, x, *sizes, **options), f"{name}_stats"
+        x = self.conv(name, x, *sizes, **options)
         scale, shift = (self.vector(f"{name}_{part}", x.shape[1]) for part in ("scale", "shift"))
-        if self.averaging and stats not in self.stats:
-            self.stats[stats] = torch.zeros(2, x.shape[1], device=x.device)
-        mean, variance = self.stats.get(stats, (None, None))
+        key = f"{name}_stats"
+        if self.averaging and key not in self.stats:
+            self.stats[key] = torch.zeros(2, x.shape[1], device=x.device)
+        mean, variance = self.stats.get(key, (None, None))  # updated in place
         of_batch = mean is None or self.averaging > 0
         return F.batch_norm(x, mean, variance, scale, shift, of_batch, self.averaging)
 

@@ -216,9 +216,9 @@ def named_student(args, net):
     return students.get(args.student) or fail(f"choose --student from {', '.join(students)}")
 
 class Network:
-    """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. A layer's weight is
-    the leading slice of the shared one, taken once for an attack and the loss after it; gradients
-    flow back through it. Batch norm has the batch's statistics until the student is calibrated."""
+    """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its weights are
+    leading slices of the shared ones, taken in the first call: after an SGD step, make a new one.
+    Batch norm has the batch's statistics, as in training, until the student is calibrated."""
     def __init__(self, net, weights, student):
         self.net, self.shared = net, weights
         self.choice = dict(zip(net["genes"], student))
@@ -274,11 +274,12 @@ class Network:
         return F.hardswish(self.conv("head_2", x.mean((2, 3), keepdim=True), net["head"][1]))
 
     def conv_bn(self, name, x, *sizes, **options):
-        x, stats = self.conv(name, x, *sizes, **options), f"{name}_stats"
+        x = self.conv(name, x, *sizes, **options)
         scale, shift = (self.vector(f"{name}_{part}", x.shape[1]) for part in ("scale", "shift"))
-        if self.averaging and stats not in self.stats:
-            self.stats[stats] = torch.zeros(2, x.shape[1], device=x.device)
-        mean, variance = self.stats.get(stats, (None, None))
+        key = f"{name}_stats"
+        if self.averaging and key not in self.stats:
+            self.stats[key] = torch.zeros(2, x.shape[1], device=x.device)
+        mean, variance = self.stats.get(key, (None, None))  # updated in place
         of_batch = mean is None or self.averaging > 0
         return F.batch_norm(x, mean, variance, scale, shift, of_batch, self.averaging)
 
@@ -312,11 +313,11 @@ def calibrated(network, images, batch=250):
 # ---- Attack and judgement ------------------------------------------------------------------------
 def pgd(network, x, loss, start, eps, step_size, steps):
     """Projected gradient ascent (Madry et al., 2018), the inner maximisation of equation 1: signed
-    steps from x + start up loss(network(x')), within |x' - x| <= eps and 0 <= x' <= 1."""
+    steps up loss(network(x')) from x + start, within |x' - x| <= eps and 0 <= x' <= 1."""
     x_adv = (x + start).clamp(0, 1)
     for _ in range(steps):
         x_adv.requires_grad_()
-        with torch.enable_grad():  # of x alone: autograd computes none of the weights'
+        with torch.enable_grad():  # judge() switches it off; of x alone, so not of the weights
             (gradient,) = torch.autograd.grad(loss(network(x_adv)), x_adv)
         x_adv = x_adv.detach() + step_size * gradient.sign()
         x_adv = (x + (x_adv - x).clamp(-eps, eps)).clamp(0, 1)

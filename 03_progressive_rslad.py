@@ -8,7 +8,7 @@
             loss = (1 - alpha) KL(teacher(x) || student(x)) + alpha KL(teacher(x) || student(x'))
             SGD step on the shared weights that the student uses            # equations 2 and 3
 
-Students shrink in three steps; kernels are Dyn-MobileNetV3's widths. The loss is RSLAD (Zi et al.,
+Students shrink in three phases; Dyn-MobileNetV3 has kernels in place of widths. RSLAD (Zi et al.,
 2021): the teacher's answer to the natural image is the target, with and without the attack.
 
     python 03_progressive_rslad.py --dataset cifar10     # the paper's schedule, on a GPU
@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 
 FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
-    "epochs": (120, 4, 2, 1, 10**6, "epochs of each of the three steps; paper 120 (section 5.0.1)"),
-    "lr": (0.01, 0.02, 0.05, 0, 1e3, "learning rate after the warm-up of each step; paper 0.01"),
-    "warmup": (5 / 120, 0.1, 0.1, 1e-9, 1, "share of a step before --lr is reached; paper silent"),
+    "epochs": (120, 4, 2, 1, 10**6, "epochs of each of three phases; paper 120 (section 5.0.1)"),
+    "lr": (0.01, 0.02, 0.05, 0, 1e3, "learning rate after the warm-up of each phase; paper 0.01"),
+    "warmup": (5 / 120, 0.1, 0.1, 1e-9, 1, "share of a phase in which lr rises; paper silent"),
     "batch_size": (128, 128, 64, 1, 10**6, "images in an iteration; paper 128"),
     "alpha": (5 / 6, 5 / 6, 5 / 6, 0, 1, "weight of attacked images in equation 2; RSLAD's 5/6"),
     "eps": (8.0, 8.0, 8.0, 0.2, 255, "change of a pixel, in 1/255: for 0.031 write 7.9; paper 8"),
@@ -38,11 +38,11 @@ FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
     "calibration_images": (2000, 2000, 500, 2, 10**6, "training images for batch-norm statistics"),
 }
 
-VARIES = {  # figure 4: the kinds of genes that vary in each of the three steps
+VARIES = {  # figure 4: the kinds of genes that vary in each of the three phases
     "progressive": [("width", "kernel"), ("width", "kernel", "depth"),
                     ("width", "kernel", "depth", "expand")],
     "random": [("width", "kernel", "depth", "expand")] * 3,
-    "fixed": [()],  # none, in one step as long as the three
+    "fixed": [()],  # none, in one phase as long as the three
 }
 
 # ---- The lesson: progressive sampling and RSLAD --------------------------------------------------
@@ -61,7 +61,7 @@ def main():
     trained = load(args.out / "02_teacher.pt", net["settings"])
     data = load_images(args, net, device)
     largest = student_at(net, -1)
-    base = named_student(args, net) if args.student else largest  # what does not vary
+    base = named_student(args, net) if args.student else largest  # for genes that do not vary
     start = "random" if args.student else args.start
     taught_by = "teacher", trained["mark"]
     if args.teacher:
@@ -86,8 +86,8 @@ def main():
     shared = moved((net if start == "random" else trained)["weights"], device, learn=True)
     optimizer = torch.optim.SGD(shared.values(), momentum=0.9, weight_decay=2e-4)  # 5.0.1
     rows = resume(state, settings, shared, optimizer)[0] if state.exists() else []
-    steps = VARIES[args.sampling]
-    epochs, epochs_of_step = 3 * args.epochs, 3 * args.epochs // len(steps)
+    phases = VARIES[args.sampling]
+    epochs, epochs_of_phase = 3 * args.epochs, 3 * args.epochs // len(phases)
     batches = len(data["train"]) // batch  # of an epoch; an incomplete batch is left out
     print(f"RSLAD, {args.sampling} sampling, {epochs} epochs, on {where}")
     looks = {"largest": largest, "middle": student_at(net, 1), "smallest": student_at(net, 0)}
@@ -99,12 +99,12 @@ def main():
         begun = time.monotonic()
         torch.manual_seed((args.seed * 10**6 + epoch) % 2**63)  # so stopping changes no draw
         rng = random.Random(f"{args.seed} {epoch}")
-        step, epoch_of_step = divmod(epoch, epochs_of_step)
-        varies = steps[step]  # figure 4
-        if epoch_of_step == 0:
-            optimizer.state.clear()  # each step has its own momentum, warm-up and cosine
-            if "expand" in varies and not any("expand" in kinds for kinds in steps[:step]):
-                sort_channels(net, shared)  # from here on students keep a block's first channels
+        phase, epoch_of_phase = divmod(epoch, epochs_of_phase)
+        varies = phases[phase]  # figure 4
+        if epoch_of_phase == 0:
+            optimizer.state.clear()  # each phase has its own momentum, warm-up and cosine
+            if "expand" in varies and not any("expand" in kinds for kinds in phases[:phase]):
+                sort_channels(net, shared)  # once: now students keep a block's first channels
         order = torch.randperm(len(data["train"])).to(device)
         losses = torch.zeros(batches, 3, device=device)
         for i in range(batches):
@@ -114,8 +114,7 @@ def main():
             with precision:
                 with torch.no_grad():
                     target = teacher(x).log_softmax(1)  # log T(x), (B, classes)
-
-                # L_max of equation 2: the attack. At a KL of zero its gradient is: start beside x.
+                # L_max of equation 2: the attack. Where the KL is 0, so is its gradient: start near x.
                 noise = 0.001 * torch.randn_like(x)
                 x_adv = pgd(network, x, lambda logits: kl(logits, target), noise, *attack)
 
@@ -123,8 +122,8 @@ def main():
                 natural, adversarial = kl(network(x), target), kl(network(x_adv), target)
                 loss = (1 - args.alpha) * natural + args.alpha * adversarial
 
-            share = (epoch_of_step + (i + 1) / batches) / epochs_of_step  # of the step
-            cosine = (1 + math.cos(math.pi * share)) / 2  # from 1 to 0 in each step
+            share = (epoch_of_phase + (i + 1) / batches) / epochs_of_phase  # of the phase
+            cosine = (1 + math.cos(math.pi * share)) / 2  # from 1 to 0 in each phase
             optimizer.param_groups[0]["lr"] = args.lr * min(share / args.warmup, cosine)
             optimizer.zero_grad()  # to None: layers that no student used do not even decay
             loss.backward()  # through the slices into the shared weights (equation 3)
@@ -206,7 +205,7 @@ def student_at(net, place):
     return canonical(net, [choices[place] for choices in net["genes"].values()])
 
 def sample(net, rng, varies="", base=()):
-    """A student: genes of kinds that vary (by default all) at random, the others of `base`."""
+    """A student: genes of kinds in varies ("": all, (): none) at random, the others of `base`."""
     genes = zip(net["genes"].items(), base or student_at(net, -1))
     return canonical(net, [rng.choice(choices) if gene.startswith(varies) else kept
                            for (gene, choices), kept in genes])
@@ -219,9 +218,9 @@ def named_student(args, net):
     return students.get(args.student) or fail(f"choose --student from {', '.join(students)}")
 
 class Network:
-    """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. A layer's weight is
-    the leading slice of the shared one, taken once for an attack and the loss after it; gradients
-    flow back through it. Batch norm has the batch's statistics until the student is calibrated."""
+    """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its weights are
+    leading slices of the shared ones, taken in the first call: after an SGD step, make a new one.
+    Batch norm has the batch's statistics, as in training, until the student is calibrated."""
     def __init__(self, net, weights, student):
         self.net, self.shared = net, weights
         self.choice = dict(zip(net["genes"], student))
@@ -277,11 +276,12 @@ class Network:
         return F.hardswish(self.conv("head_2", x.mean((2, 3), keepdim=True), net["head"][1]))
 
     def conv_bn(self, name, x, *sizes, **options):
-        x, stats = self.conv(name, x, *sizes, **options), f"{name}_stats"
+        x = self.conv(name, x, *sizes, **options)
         scale, shift = (self.vector(f"{name}_{part}", x.shape[1]) for part in ("scale", "shift"))
-        if self.averaging and stats not in self.stats:
-            self.stats[stats] = torch.zeros(2, x.shape[1], device=x.device)
-        mean, variance = self.stats.get(stats, (None, None))
+        key = f"{name}_stats"
+        if self.averaging and key not in self.stats:
+            self.stats[key] = torch.zeros(2, x.shape[1], device=x.device)
+        mean, variance = self.stats.get(key, (None, None))  # updated in place
         of_batch = mean is None or self.averaging > 0
         return F.batch_norm(x, mean, variance, scale, shift, of_batch, self.averaging)
 
@@ -315,11 +315,11 @@ def calibrated(network, images, batch=250):
 # ---- Attack and judgement ------------------------------------------------------------------------
 def pgd(network, x, loss, start, eps, step_size, steps):
     """Projected gradient ascent (Madry et al., 2018), the inner maximisation of equation 1: signed
-    steps from x + start up loss(network(x')), within |x' - x| <= eps and 0 <= x' <= 1."""
+    steps up loss(network(x')) from x + start, within |x' - x| <= eps and 0 <= x' <= 1."""
     x_adv = (x + start).clamp(0, 1)
     for _ in range(steps):
         x_adv.requires_grad_()
-        with torch.enable_grad():  # of x alone: autograd computes none of the weights'
+        with torch.enable_grad():  # judge() switches it off; of x alone, so not of the weights
             (gradient,) = torch.autograd.grad(loss(network(x_adv)), x_adv)
         x_adv = x_adv.detach() + step_size * gradient.sign()
         x_adv = (x + (x_adv - x).clamp(-eps, eps)).clamp(0, 1)

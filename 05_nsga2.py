@@ -379,7 +379,7 @@ def student_at(net, place):
     return canonical(net, [choices[place] for choices in net["genes"].values()])
 
 def sample(net, rng, varies="", base=()):
-    """A student: genes of kinds that vary (by default all) at random, the others of `base`."""
+    """A student: genes of kinds in varies ("": all, (): none) at random, the others of `base`."""
     genes = zip(net["genes"].items(), base or student_at(net, -1))
     return canonical(net, [rng.choice(choices) if gene.startswith(varies) else kept
                            for (gene, choices), kept in genes])

@@ -114,7 +114,7 @@ def main():
             with precision:
                 with torch.no_grad():
                     target = teacher(x).log_softmax(1)  # log T(x), (B, classes)
-                # L_max of equation 2: the attack. Where the KL is 0, so is its gradient: start near x.
+                # L_max of equation 2: the attack. At a KL of 0 its gradient is 0: start near x.
                 noise = 0.001 * torch.randn_like(x)
                 x_adv = pgd(network, x, lambda logits: kl(logits, target), noise, *attack)
 

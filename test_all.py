@@ -61,7 +61,7 @@ QUICK = {  # every chapter in seconds, on the folder of three classes
     2: [*TRAIN, 3],
     3: [*TRAIN, 2],
     4: ["--students", 12, "--test-students", 4, "--images", 18, "--steps", 4,
-        "--calibration-images", 60],
+        "--calibration-images", 60, "--eps", 6],
     5: ["--population", 10, "--generations", 3],
 }
 
@@ -577,6 +577,7 @@ def test_baselines_make_table_1_and_the_costs(folder):
     run(folder, 5, "--max-macs", least, 2.3, 2.3000001, "--restart")
     assert {path.name for path in out.glob("student*")} == {
         f"student_{budget}M.pt2" for budget in (least, 2.3, 2.3000001)}
+    assert {row["eps"] for row in rows_of(out / "table1.csv")} == {"6.0"}  # the predictor's
     run(folder, 2, "--epochs", 1, "--student", "usual")
     run(folder, 3, *fixed, "usual")
     (out / "02_usual.pt2").rename(out / "a, b.pt2")
@@ -599,7 +600,7 @@ def test_baselines_make_table_1_and_the_costs(folder):
     log.write_text(log.read_text().replace("\n2,", "\n2,inf,"))  # what can be drawn is drawn
     printed = run(folder, 5, "--figures")
     assert "50 devices: " in printed and "02_teacher_log.svg" in printed
-    assert "table 1: eps 4.0/255, the predictor: 8.0/255" in printed
+    assert "table 1: eps 4.0/255, the predictor: 6.0/255" in printed
     assert "on test images, eps 4.0/255" in (out / "05_population.svg").read_text()
 
 

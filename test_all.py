@@ -156,7 +156,6 @@ def finished(tmp_path_factory):
                 save_image(noise + (0.8, 0.0, 0.4)[i], root / "shades" / part / name / f"{n}.png")
     for number in QUICK:
         run(root, number)
-    assert {path.name for path in root.iterdir()} == {"run", "shades"}  # nothing else is written
     return root
 
 
@@ -624,10 +623,14 @@ def test_killed_at_any_moment(finished, tmp_path):
     assert contents(finished / "run") == contents(out)
 
 
-def test_a_state_holds_the_log_and_the_best_epoch(tmp_path):
+def test_a_state_holds_log_and_best_epoch_and_is_written_whole_or_not(tmp_path, monkeypatch):
     weights, state = {"w": torch.ones(2, requires_grad=True)}, tmp_path / "a.state"
     sgd = torch.optim.SGD(weights.values(), momentum=0.9)
     c2.save(state, {}, weights=weights, sgd=sgd.state_dict(), rows=[1], best={"robust": 2})
+    full = lambda path, content: path.open("wb").write(content[:99]) / 0  # of a disk
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ZeroDivisionError):
+        c2.save(state, {})
     assert c2.resume(state, {}, weights, sgd) == ([1], {"robust": 2})
 
 
@@ -819,19 +822,16 @@ def test_the_search_keeps_its_budget_and_table_1_judges_for_real(chain):
 
 
 def test_the_exported_student_needs_none_of_this_code(chain, tmp_path):
-    _, out, _ = chain
-    code = ("import sys, torch; names = {'names': ''}; data = torch.load('01_images.pt');"
-            "student = torch.export.load(sys.argv[1], extra_files=names).module();"
+    code = ("import torch; names = {'names': ''}; data = torch.load('01_images.pt');"
+            "student = torch.export.load('student.pt2', extra_files=names).module();"
             "right = student(data['test'] / 255).argmax(1) == data['test_labels'];"
             "print(right.float().mean().item(), names['names'].split('\\n') == data['names'])")
-    shutil.copy(out / "01_images.pt", tmp_path)
-    table = rows_of(out / "table1.csv")
-    for file, row in (("student.pt2", table[2]), ("02_teacher.pt2", table[0])):
-        shutil.copy(out / file, tmp_path)
-        command = [sys.executable, "-c", code, file]
-        printed = subprocess.check_output(command, cwd=tmp_path, text=True)
-        accuracy, named = printed.split()
-        assert abs(float(accuracy) - float(row["natural"])) < 0.005 and named == "True"
+    for file in ("01_images.pt", "student.pt2"):
+        shutil.copy(chain[1] / file, tmp_path)
+    printed = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True)
+    accuracy, named = printed.split()
+    expected = float(rows_of(chain[1] / "table1.csv")[2]["natural"])
+    assert abs(float(accuracy) - expected) < 0.005 and named == "True"
 
 
 # ---- Honest attacks, on a trained student --------------------------------------------------------

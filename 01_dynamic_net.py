@@ -266,15 +266,17 @@ class Network:
     def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
         """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
         if name not in self.slices:
-            weight = self.shared[name][:out, : 1 if depthwise else x.shape[1]]
-            while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
-                side = weight.shape[-1] - 2
-                centre = weight[:, :, 1:-1, 1:-1].reshape(out, side * side)
-                weight = (centre @ self.shared[f"{name}_to{side}"]).view(out, 1, side, side)
-            self.slices[name] = weight.contiguous(memory_format=torch.channels_last)
+            with torch.enable_grad():  # for later calls; the first one may be without
+                weight = self.shared[name][:out, : 1 if depthwise else x.shape[1]]
+                while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
+                    side = weight.shape[-1] - 2
+                    centre = weight[:, :, 1:-1, 1:-1].reshape(out, side * side)
+                    weight = (centre @ self.shared[f"{name}_to{side}"]).view(out, 1, side, side)
+                self.slices[name] = weight.contiguous(memory_format=torch.channels_last)
         bias, groups = self.vector(f"{name}_bias", out) if bias else None, out if depthwise else 1
         return F.conv2d(x, self.slices[name], bias, stride, kernel // 2, groups=groups)
 
+    @torch.enable_grad()
     def vector(self, name, size):
         if name not in self.slices:
             self.slices[name] = self.shared[name][:size]
@@ -413,7 +415,6 @@ def write_csv(path, rows):
     write(path, text.getvalue().encode(errors="replace"))
 
 def save(path, settings, **content):
-    """Write tensors, numbers and words, with the settings that they were made with."""
     buffer = io.BytesIO()
     torch.save({"settings": {**settings, "file": path.name}, **content}, buffer)
     write(path, buffer.getvalue())

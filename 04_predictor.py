@@ -45,7 +45,7 @@ HIDDEN = [400] * 6  # widths of the predictor's hidden layers (released code)
 # ---- The lesson: measure some students, predict the others ---------------------------------------
 def main():
     args = read_flags(sampling={"choices": ["progressive", "random"], "default": "progressive"})
-    device, _, _ = pick_device(args)
+    device = pick_device(args)[0]
     run_missing(args, "01_dynamic_net.pt", "02_teacher.pt", f"03_{args.sampling}.pt")
     net = load(args.out / "01_dynamic_net.pt", args.common)
     trained = load(args.out / f"03_{args.sampling}.pt", net["settings"])
@@ -304,15 +304,17 @@ class Network:
     def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
         """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
         if name not in self.slices:
-            weight = self.shared[name][:out, : 1 if depthwise else x.shape[1]]
-            while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
-                side = weight.shape[-1] - 2
-                centre = weight[:, :, 1:-1, 1:-1].reshape(out, side * side)
-                weight = (centre @ self.shared[f"{name}_to{side}"]).view(out, 1, side, side)
-            self.slices[name] = weight.contiguous(memory_format=torch.channels_last)
+            with torch.enable_grad():  # for later calls; the first one may be without
+                weight = self.shared[name][:out, : 1 if depthwise else x.shape[1]]
+                while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
+                    side = weight.shape[-1] - 2
+                    centre = weight[:, :, 1:-1, 1:-1].reshape(out, side * side)
+                    weight = (centre @ self.shared[f"{name}_to{side}"]).view(out, 1, side, side)
+                self.slices[name] = weight.contiguous(memory_format=torch.channels_last)
         bias, groups = self.vector(f"{name}_bias", out) if bias else None, out if depthwise else 1
         return F.conv2d(x, self.slices[name], bias, stride, kernel // 2, groups=groups)
 
+    @torch.enable_grad()
     def vector(self, name, size):
         if name not in self.slices:
             self.slices[name] = self.shared[name][:size]
@@ -386,7 +388,6 @@ def write_csv(path, rows):
     write(path, text.getvalue().encode(errors="replace"))
 
 def save(path, settings, **content):
-    """Write tensors, numbers and words, with the settings that they were made with."""
     buffer = io.BytesIO()
     torch.save({"settings": {**settings, "file": path.name}, **content}, buffer)
     write(path, buffer.getvalue())

@@ -405,7 +405,6 @@ def write_csv(path, rows):
     write(path, text.getvalue().encode(errors="replace"))
 
 def save(path, settings, **content):
-    """Write tensors, numbers and words, with the settings that they were made with."""
     buffer = io.BytesIO()
     torch.save({"settings": {**settings, "file": path.name}, **content}, buffer)
     write(path, buffer.getvalue())

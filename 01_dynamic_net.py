@@ -276,10 +276,10 @@ class Network:
         bias, groups = self.vector(f"{name}_bias", out) if bias else None, out if depthwise else 1
         return F.conv2d(x, self.slices[name], bias, stride, kernel // 2, groups=groups)
 
-    @torch.enable_grad()
     def vector(self, name, size):
         if name not in self.slices:
-            self.slices[name] = self.shared[name][:size]
+            with torch.enable_grad():
+                self.slices[name] = self.shared[name][:size]
         return self.slices[name]
 
 class RandomWeights(Network):

@@ -96,8 +96,8 @@ def main():
     write(args.out / f"04_pictures{end}.png", pictures(args, middle, data))
     save(checkpoint, settings, **predictor)
     print(f"\non {len(predicted)} students that were not used in training; shares of 1:")
-    wrote = [checkpoint, args.out / f"04_*{end}.csv", args.out / f"04_pictures{end}.png"]
-    finish(args, report, wrote, following)
+    finish(args, report, [checkpoint, args.out / f"04_*{end}.csv",
+                          args.out / f"04_pictures{end}.png"], following)
 
 def measure(args, network, data):
     """Accuracy, a share of 1, natural and under PGD, on held-out training images and on their first
@@ -314,10 +314,10 @@ class Network:
         bias, groups = self.vector(f"{name}_bias", out) if bias else None, out if depthwise else 1
         return F.conv2d(x, self.slices[name], bias, stride, kernel // 2, groups=groups)
 
-    @torch.enable_grad()
     def vector(self, name, size):
         if name not in self.slices:
-            self.slices[name] = self.shared[name][:size]
+            with torch.enable_grad():
+                self.slices[name] = self.shared[name][:size]
         return self.slices[name]
 
 @torch.no_grad()

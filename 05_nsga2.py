@@ -206,7 +206,7 @@ def cost(net, student):
     return params, sum(inp * out * (kernel * side) ** 2 for inp, out, kernel, side, _ in layers)
 
 # ---- The figures, from the tables that chapters 2 to 5 have written ------------------------------
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a8a8a", "#b8860b")  # for the colour-blind
+COLOURS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a8a8a", "#b8860b"  # for the colour-blind
 STYLE = """text{fill:#1f2328;font:13px sans-serif} path{stroke:#d1d9e0}
 polyline{fill:none;stroke-width:2} .page{fill:#fff}
 @media(prefers-color-scheme:dark){text{fill:#f0f6fc} path{stroke:#3d444d} .page{fill:#0d1117}}"""
@@ -316,8 +316,8 @@ def figures(args):
             for row in table(args, "table1", student=best.get("student"), file=f"03_{sampling}"):
                 label = f"chosen, on test images, eps {row['eps']}/255"
                 series[label] = points([row], "natural", "pgd20", "rings")
-                if row["eps"] != best["eps"]:
-                    print(f"table 1: eps {row['eps']}/255, the predictor: {best['eps']}/255")
+                if row["eps"] != best.get("eps"):
+                    print(f"table 1: eps {row['eps']}/255, the predictor: {best.get('eps')}/255")
             panels.append((f"{budget['max_macs']} million MACs", NATURAL, ROBUST, series))
         draw(f"05_population{end}", *panels)
     draw("04_students", (title, NATURAL, ROBUST, clouds))

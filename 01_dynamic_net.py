@@ -21,7 +21,8 @@ writes  01_images.pt        all images, which no later chapter reads from anywhe
         01_dynamic_net.pt   the network: genes, sizes, and the shared weights, drawn at random
         01_students.csv     a row for each student shown: its name, genes, parameters and MACs
 """
-import argparse, csv, hashlib, io, math, os, random, shlex, signal, sys, time, warnings, zipfile
+import argparse, copy, csv, hashlib, io, math, os, random, shlex, signal, sys, time, warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 FLAGS = {}  # flag: (paper, quick, tiny, least, most, help); this chapter has none of its own
 
+# fmt: off
 NETWORKS = {  # sections 4.3 and 5.0.1; "tiny" is of the same construction, for laptops and tests
     ("resnet50", "paper"): {
         "stem": 64, "stem_stride": 1,
@@ -55,6 +57,7 @@ NETWORKS = {  # sections 4.3 and 5.0.1; "tiny" is of the same construction, for 
         "depth": (1, 2), "kernel": (3, 5), "expand": (2, 3, 4),
         "usual": {"depth": 1, "kernel": 3, "expand": 4}},
 }
+# fmt: on
 
 # ---- The lesson: a network that contains networks ------------------------------------------------
 def main():
@@ -198,12 +201,12 @@ def sample(net, rng, varies="", base=()):
 class Network:
     """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its weights are
     leading slices of the shared ones, taken in the first call: after an SGD step, make a new one.
-    Batch norm has the batch's statistics, as in training, until the student is calibrated."""
+    Batch norm has the batch's statistics, as in training; frozen() has those of the last call."""
     def __init__(self, net, weights, student):
         self.net, self.shared = net, weights
         self.choice = dict(zip(net["genes"], student))
         self.slices, self.stats = {}, {}  # {name: part of a weight}, {name: (mean, variance)}
-        self.averaging = 0.0  # while it is calibrated: the weight of the next batch
+        self.averaging, self.fixed = 1.0, False  # the next batch's weight in stats; are they fixed
 
     def __call__(self, x):
         x = x.contiguous(memory_format=torch.channels_last)  # a fifth faster than channels first
@@ -253,15 +256,27 @@ class Network:
         x = F.hardswish(self.conv_bn("head_1", x, net["head"][0]))
         return F.hardswish(self.conv("head_2", x.mean((2, 3), keepdim=True), net["head"][1]))
 
-    def conv_bn(self, name, x, *sizes, **options):
-        x = self.conv(name, x, *sizes, **options)
-        scale, shift = (self.vector(f"{name}_{part}", x.shape[1]) for part in ("scale", "shift"))
-        key = f"{name}_stats"
-        if self.averaging and key not in self.stats:
-            self.stats[key] = torch.zeros(2, x.shape[1], device=x.device)
-        mean, variance = self.stats.get(key, (None, None))  # updated in place
-        of_batch = mean is None or self.averaging > 0
-        return F.batch_norm(x, mean, variance, scale, shift, of_batch, self.averaging)
+    @torch.no_grad()
+    def frozen(self):
+        """The student with the statistics that it has now, for the attack and to be judged. Batch
+        norm is a scale and a shift then, which go into the convolution's weights and bias."""
+        student = copy.copy(self)
+        student.slices, student.fixed = {**self.slices}, True
+        for name, (mean, variance) in self.stats.items():
+            scale, shift = (student.slices.pop(f"{name}_{part}") for part in ("scale", "shift"))
+            factor = scale / (variance + 1e-5).sqrt()
+            student.slices[name] = factor[:, None, None, None] * self.slices[name]
+            student.slices[f"{name}_bias"] = shift - mean * factor
+        return student
+
+    def conv_bn(self, name, x, out, *sizes, **options):
+        x = self.conv(name, x, out, *sizes, **options, bias=self.fixed)
+        if self.fixed:
+            return x
+        scale, shift = (self.vector(f"{name}_{part}", out) for part in ("scale", "shift"))
+        if name not in self.stats:
+            self.stats[name] = scale.new_zeros(2, out)  # updated in place
+        return F.batch_norm(x, *self.stats[name], scale, shift, True, self.averaging)
 
     def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
         """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
@@ -376,7 +391,8 @@ def folder_images(folder, part):
 
 def read_images(args):
     """{train, held_out, test}, uint8 (N, 3, 32, 32), {...}_labels, (N,), and the classes' names; a
-    tenth of the training images is held out, the same for every seed."""
+    tenth of the training images is held out, the same for every seed. And calibration: augmented
+    training images, one draw for all, from which batch norms have their statistics when judged."""
     if args.dataset == "toy":
         train, test = toy_images(2400, 2 * args.seed), toy_images(500, 2 * args.seed + 1)
     elif args.dataset in ("cifar10", "cifar100"):
@@ -390,9 +406,19 @@ def read_images(args):
         fail(f"{args.dataset} has {len(pixels)} training images: at least 20 are needed")
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
     held_out, kept = order.split([len(order) // 10, len(order) - len(order) // 10])
+    torch.manual_seed(0)
     return {"train": pixels[kept], "held_out": pixels[held_out], "test": test[0], "names": names,
+            "calibration": augment(pixels[kept][:4000]),
             "train_labels": labels[kept], "held_out_labels": labels[held_out],
             "test_labels": test[1]}
+
+def augment(images):
+    """Images (B, 3, 32, 32), each cropped (4 black pixels around) and flipped its own way."""
+    count, device = len(images), images.device
+    crops = F.pad(images, (4, 4, 4, 4)).unfold(2, 32, 1).unfold(3, 32, 1)  # (B, 3, 9, 9, 32, 32)
+    row, column = torch.randint(9, (2, count), device=device)
+    x = crops[torch.arange(count, device=device), :, row, column]
+    return torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
 
 # ---- Files: the only thing that chapters share; each is written whole or not at all --------------
 def fail(message):  # one line on stderr, exit code 2

@@ -18,7 +18,8 @@ writes  02_teacher.pt, .pt2, _log.csv      the best epoch's weights; the same as
                     chapter 3's --teacher; a row for each epoch (with --student: 02_<student>...)
         table1.csv, student.pt2            with --judge; the search's student, to be deployed
 """
-import argparse, csv, hashlib, io, math, os, shlex, signal, subprocess, sys, time, zipfile
+import argparse, copy, csv, hashlib, io, math, os, shlex, signal, subprocess, sys, time
+import zipfile
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+# fmt: off
 FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
     "epochs": (300, 10, 5, 1, 10**6, "epochs of adversarial training; paper 300 (section 5.0.1)"),
     "lr": (0.01, 0.05, 0.15, 0, 1e3, "learning rate after the warm-up; paper 0.01"),
@@ -36,8 +38,9 @@ FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
     "step_size": (2.0, 2.0, 4.0, 0.02, 255, "of the attack, in 1/255: for 0.0078 write 2; paper 2"),
     "steps": (10, 10, 3, 1, 10**4, "of the training attack; paper 10"),
     "val_images": (1000, 1000, 250, 1, 10**6, "held-out images, on which an epoch is chosen"),
-    "calibration_images": (2000, 2000, 500, 2, 10**6, "training images for batch-norm statistics"),
+    "calibration_images": (2000, 2000, 500, 2, 4000, "training images for batch-norm statistics"),
 }
+# fmt: on
 
 # ---- The lesson: TRADES --------------------------------------------------------------------------
 def main():
@@ -79,13 +82,15 @@ def main():
         losses = torch.zeros(batches, 3, device=device)
         for i in range(batches):
             pick = order[i * batch : (i + 1) * batch]
-            x, y = augment(data["train"][pick]), data["train_labels"][pick]
+            x, y = augment(data["train"][pick]) / 255, data["train_labels"][pick]
             network = Network(net, shared, student)  # f: slices of the weights as they are now
             with precision:
                 logits = network(x)
                 natural = logits.log_softmax(1)  # log f(x), (B, classes)
 
                 # The inner problem of equation 1. At x the KL's gradient is zero: start beside it.
+                # Each step has the statistics of its own batch, as the loss of x' has them: with
+                # those of x, as in chapter 3, a network that starts at random learns worse.
                 target, noise = natural.detach(), 0.001 * torch.randn_like(x)
                 x_adv = pgd(network, x, lambda logits: kl(logits, target), noise, *attack)
 
@@ -120,11 +125,12 @@ def main():
             saved = time.monotonic()
             save(state, settings, weights=shared, sgd=optimizer.state_dict(), rows=rows, best=best)
     network = Network(net, moved(best["weights"], device), student)
-    calibrated(network, data["train"][: args.calibration_images])
+    network = calibrated(network, data["calibration"][: args.calibration_images])
     export(network, checkpoint.with_suffix(".pt2"), data["names"])
     save(checkpoint, settings, weights=best["weights"])
     state.unlink(missing_ok=True)
     table = [{name: best[name] for name in ("epoch", "loss", "natural", "robust")}]
+    table[0]["--sharpen"] = sharpening(network, data["held_out"], data["held_out_labels"])
     finish(args, table, [checkpoint, checkpoint.with_suffix(".pt2"), log], following)
 
 # ---- Table 1: everything in the folder, on the test images ---------------------------------------
@@ -142,10 +148,10 @@ def table1(args, net, data, device):
         for name, student in students.items():
             print(f"  {path.stem}, {name}, on {device} in float32")
             network = Network(net, moved(content["weights"], device), student)
-            calibrated(network, data["train"][: args.calibration_images])
+            judged = calibrated(network, data["calibration"][: args.calibration_images])
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                network(data["test"][:1] / 255)
-            test = network, data["test"], data["test_labels"], args.eps / 255
+                judged(data["test"][:1] / 255)
+            test = judged, data["test"], data["test_labels"], args.eps / 255
             natural, fgsm = judge(*test, args.eps / 255, 1)
             right = {"natural": natural, "fgsm": fgsm, "pgd20": judge(*test, 2 / 255, 20)[1]}
             row = {"file": path.stem, "student": name, "eps": args.eps,
@@ -154,23 +160,31 @@ def table1(args, net, data, device):
             rows.append(row | {key: part.double().mean().item() for key, part in right.items()})
             if name != made["student"]:  # a search's: best, best_500M, best_random, ...
                 wrote.append(args.out / f"{name.replace('best', 'student')}.pt2")
-                export(network, wrote[-1], data["names"])
+                export(judged, wrote[-1], data["names"])
     write_csv(wrote[0], rows)
     finish(args, rows, wrote)
 
+@torch.no_grad()
+def sharpening(network, images, labels):
+    """The factor of a calibrated network's logits with which these labels are likeliest: above 1,
+    it is too modest (temperature scaling, Guo et al., 2017); for chapter 3's --sharpen."""
+    logits = torch.cat([network(x / 255) for x in images.split(250)])
+    factors = [tenths / 10 for tenths in range(1, 101)]
+    return min(factors, key=lambda factor: F.cross_entropy(factor * logits, labels).item())
+
 class Exported(nn.Module):
-    """A calibrated student as a module, with copies of its slices and statistics."""
+    """A calibrated student as a module, with copies of its weights."""
 
     def __init__(self, network):
         super().__init__()
         self.student = network.net, {}, tuple(network.choice.values())
-        tensors = moved(network.slices | network.stats, "cpu").items()
+        tensors = moved(network.slices, "cpu").items()
         self.tensors = nn.ParameterDict({name: part.contiguous() for name, part in tensors})
         self.requires_grad_(False)
 
     def forward(self, x):
         network = Network(*self.student)
-        network.slices = network.stats = self.tensors
+        network.slices, network.fixed = self.tensors, True
         return network(x)
 
 def export(network, path, names):
@@ -218,12 +232,12 @@ def named_student(args, net):
 class Network:
     """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its weights are
     leading slices of the shared ones, taken in the first call: after an SGD step, make a new one.
-    Batch norm has the batch's statistics, as in training, until the student is calibrated."""
+    Batch norm has the batch's statistics, as in training; frozen() has those of the last call."""
     def __init__(self, net, weights, student):
         self.net, self.shared = net, weights
         self.choice = dict(zip(net["genes"], student))
         self.slices, self.stats = {}, {}  # {name: part of a weight}, {name: (mean, variance)}
-        self.averaging = 0.0  # while it is calibrated: the weight of the next batch
+        self.averaging, self.fixed = 1.0, False  # the next batch's weight in stats; are they fixed
 
     def __call__(self, x):
         x = x.contiguous(memory_format=torch.channels_last)  # a fifth faster than channels first
@@ -273,15 +287,27 @@ class Network:
         x = F.hardswish(self.conv_bn("head_1", x, net["head"][0]))
         return F.hardswish(self.conv("head_2", x.mean((2, 3), keepdim=True), net["head"][1]))
 
-    def conv_bn(self, name, x, *sizes, **options):
-        x = self.conv(name, x, *sizes, **options)
-        scale, shift = (self.vector(f"{name}_{part}", x.shape[1]) for part in ("scale", "shift"))
-        key = f"{name}_stats"
-        if self.averaging and key not in self.stats:
-            self.stats[key] = torch.zeros(2, x.shape[1], device=x.device)
-        mean, variance = self.stats.get(key, (None, None))  # updated in place
-        of_batch = mean is None or self.averaging > 0
-        return F.batch_norm(x, mean, variance, scale, shift, of_batch, self.averaging)
+    @torch.no_grad()
+    def frozen(self):
+        """The student with the statistics that it has now, for the attack and to be judged. Batch
+        norm is a scale and a shift then, which go into the convolution's weights and bias."""
+        student = copy.copy(self)
+        student.slices, student.fixed = {**self.slices}, True
+        for name, (mean, variance) in self.stats.items():
+            scale, shift = (student.slices.pop(f"{name}_{part}") for part in ("scale", "shift"))
+            factor = scale / (variance + 1e-5).sqrt()
+            student.slices[name] = factor[:, None, None, None] * self.slices[name]
+            student.slices[f"{name}_bias"] = shift - mean * factor
+        return student
+
+    def conv_bn(self, name, x, out, *sizes, **options):
+        x = self.conv(name, x, out, *sizes, **options, bias=self.fixed)
+        if self.fixed:
+            return x
+        scale, shift = (self.vector(f"{name}_{part}", out) for part in ("scale", "shift"))
+        if name not in self.stats:
+            self.stats[name] = scale.new_zeros(2, out)  # updated in place
+        return F.batch_norm(x, *self.stats[name], scale, shift, True, self.averaging)
 
     def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
         """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
@@ -305,12 +331,12 @@ class Network:
 @torch.no_grad()
 def calibrated(network, images, batch=250):
     """The student as it is judged and exported: with batch-norm statistics of its own, from uint8
-    training images. What reaches a layer depends on the student, so none would suit all."""
+    images, augmented as in training. What reaches a layer depends on the student, so none would
+    suit all."""
     for i, x in enumerate(images.split(batch)):
         network.averaging = len(x) / (i * batch + len(x))  # a plain average
         network(x / 255)
-    network.averaging = 0.0
-    return network
+    return network.frozen()
 
 # ---- Attack and judgement ------------------------------------------------------------------------
 def pgd(network, x, loss, start, eps, step_size, steps):
@@ -347,25 +373,26 @@ def judge(network, images, labels, eps, step_size, steps, batch=100):
 
 def accuracies(network, data, args):
     """(natural, robust) accuracy of a student, shares of 1, on held-out training images."""
-    calibrated(network, data["train"][: args.calibration_images])
+    network = calibrated(network, data["calibration"][: args.calibration_images])
     images, labels = data["held_out"][: args.val_images], data["held_out_labels"][: args.val_images]
     right = judge(network, images, labels, args.eps / 255, args.step_size / 255, args.steps)
     return [part.double().mean().item() for part in right]
 
 # ---- Data ----------------------------------------------------------------------------------------
 def load_images(args, net, device):
-    """{train, held_out, test}: uint8 (N, 3, 32, 32), {...}_labels: (N,), and the classes' names."""
+    """{train, held_out, test}: uint8 (N, 3, 32, 32), {...}_labels: (N,), the classes' names, and
+    calibration, training images for batch norms' statistics."""
     images = load(args.out / "01_images.pt", args.common)
     if images["mark"] != net["settings"]["data"]:
         fail("01_images.pt and 01_dynamic_net.pt are of different images: --restart chapter 1")
     return moved(images, device)
 
 def augment(images):
-    """Uint8 images (B, 3, 32, 32), each cropped (4 black pixels around) and flipped its own way."""
+    """Images (B, 3, 32, 32), each cropped (4 black pixels around) and flipped its own way."""
     count, device = len(images), images.device
     crops = F.pad(images, (4, 4, 4, 4)).unfold(2, 32, 1).unfold(3, 32, 1)  # (B, 3, 9, 9, 32, 32)
     row, column = torch.randint(9, (2, count), device=device)
-    x = crops[torch.arange(count, device=device), :, row, column] / 255
+    x = crops[torch.arange(count, device=device), :, row, column]
     return torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
 
 # ---- Files: the only thing that chapters share; each is written whole or not at all --------------

@@ -18,25 +18,28 @@ Students shrink in three phases; Dyn-MobileNetV3 has kernels in place of widths.
 reads   01_images.pt, 01_dynamic_net.pt, 02_teacher.pt (made first if missing)
 writes  03_progressive.pt, _log.csv (03_random..., 03_fixed_...)    weights; a row for each epoch
 """
-import argparse, csv, hashlib, io, logging, math, os, random, shlex, signal, subprocess, sys, time
-import zipfile
+import argparse, copy, csv, hashlib, io, logging, math, os, random, shlex, signal, subprocess, sys
+import time, zipfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+# fmt: off
 FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
     "epochs": (120, 4, 2, 1, 10**6, "epochs of each of three phases; paper 120 (section 5.0.1)"),
     "lr": (0.01, 0.02, 0.05, 0, 1e3, "learning rate after the warm-up of each phase; paper 0.01"),
     "warmup": (5 / 120, 0.1, 0.1, 1e-9, 1, "share of a phase in which lr rises; paper silent"),
     "batch_size": (128, 128, 64, 1, 10**6, "images in an iteration; paper 128"),
+    "sharpen": (1.0, 1.0, 1.0, 0.1, 10, "multiplies the teacher's logits (chapter 2 names one)"),
     "alpha": (5 / 6, 5 / 6, 5 / 6, 0, 1, "weight of attacked images in equation 2; RSLAD's 5/6"),
     "eps": (8.0, 8.0, 8.0, 0.2, 255, "change of a pixel, in 1/255: for 0.031 write 7.9; paper 8"),
     "step_size": (2.0, 2.0, 4.0, 0.02, 255, "of the attack, in 1/255: for 0.0078 write 2; paper 2"),
     "steps": (10, 10, 3, 1, 10**4, "of the training attack; paper 10"),
     "val_images": (1000, 1000, 100, 1, 10**6, "held-out training images, seen after each epoch"),
-    "calibration_images": (2000, 2000, 500, 2, 10**6, "training images for batch-norm statistics"),
+    "calibration_images": (2000, 2000, 500, 2, 4000, "training images for batch-norm statistics"),
 }
+# fmt: on
 
 VARIES = {  # figure 4: the kinds of genes that vary in each of the three phases
     "progressive": [("width", "kernel"), ("width", "kernel", "depth"),
@@ -50,7 +53,8 @@ def main():
     args = read_flags(
         sampling={"choices": [*VARIES], "default": "progressive"},
         student={"help": "for --sampling fixed: a name in 01_students.csv or 05_best.csv"},
-        start={"choices": ["teacher", "random"], "default": "teacher", "help": "first weights"},
+        start={"choices": ["teacher", "random"], "help": "first weights; default: the teacher's, "
+               "but for --sampling fixed random"},
         teacher={"type": Path, "help": "learn from another network, FILE.pt2 made by torch.export, "
                  "that takes (B, 3, 32, 32) in [0, 1]"})
     if (args.sampling == "fixed") != bool(args.student):
@@ -62,7 +66,7 @@ def main():
     data = load_images(args, net, device)
     largest = student_at(net, -1)
     base = named_student(args, net) if args.student else largest  # for genes that do not vary
-    start = "random" if args.student else args.start
+    start = args.start or ("random" if args.student else "teacher")
     taught_by = "teacher", trained["mark"]
     if args.teacher:
         taught_by = args.teacher.stem, hashlib.sha256(args.teacher.read_bytes()).hexdigest()[:12]
@@ -79,8 +83,9 @@ def main():
         load(checkpoint, settings)
         return finish(args, [], [f"{checkpoint} earlier (--restart makes it anew)"], following)
     batch = min(args.batch_size, len(data["train"]))
-    teacher = Network(net, moved(trained["weights"], device), largest)  # frozen: a copy
-    calibrated(teacher, data["train"][: args.calibration_images])
+    # A copy, which does not learn. Its batch norms have each batch's statistics, as the student's:
+    # so the largest student begins as the teacher, and what moves it is the method.
+    teacher = Network(net, moved(trained["weights"], device), largest)
     if args.teacher:
         teacher = exported_network(args.teacher, data["train"][:batch] / 255, net["classes"])
     shared = moved((net if start == "random" else trained)["weights"], device, learn=True)
@@ -108,18 +113,21 @@ def main():
         order = torch.randperm(len(data["train"])).to(device)
         losses = torch.zeros(batches, 3, device=device)
         for i in range(batches):
-            x = augment(data["train"][order[i * batch : (i + 1) * batch]])
+            x = augment(data["train"][order[i * batch : (i + 1) * batch]]) / 255
             student = sample(net, rng, varies, base)  # another one in each iteration
             network = Network(net, shared, student)
             with precision:
                 with torch.no_grad():
-                    target = teacher(x).log_softmax(1)  # log T(x), (B, classes)
-                # L_max of equation 2: the attack. At a KL of 0 its gradient is 0: start near x.
+                    target = (args.sharpen * teacher(x)).log_softmax(1)  # log T(x), (B, classes)
+                natural = kl(network(x), target)
+
+                # L_max of equation 2: the attack, on the student with the statistics of x. At a KL
+                # of 0 its gradient is 0: start near x.
                 noise = 0.001 * torch.randn_like(x)
-                x_adv = pgd(network, x, lambda logits: kl(logits, target), noise, *attack)
+                x_adv = pgd(network.frozen(), x, lambda logits: kl(logits, target), noise, *attack)
 
                 # L_min: the loss. Batch statistics, for running ones would mix students.
-                natural, adversarial = kl(network(x), target), kl(network(x_adv), target)
+                adversarial = kl(network(x_adv), target)
                 loss = (1 - args.alpha) * natural + args.alpha * adversarial
             share = (epoch_of_phase + (i + 1) / batches) / epochs_of_phase  # of the phase
             cosine = (1 + math.cos(math.pi * share)) / 2  # from 1 to 0 in each phase
@@ -219,12 +227,12 @@ def named_student(args, net):
 class Network:
     """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its weights are
     leading slices of the shared ones, taken in the first call: after an SGD step, make a new one.
-    Batch norm has the batch's statistics, as in training, until the student is calibrated."""
+    Batch norm has the batch's statistics, as in training; frozen() has those of the last call."""
     def __init__(self, net, weights, student):
         self.net, self.shared = net, weights
         self.choice = dict(zip(net["genes"], student))
         self.slices, self.stats = {}, {}  # {name: part of a weight}, {name: (mean, variance)}
-        self.averaging = 0.0  # while it is calibrated: the weight of the next batch
+        self.averaging, self.fixed = 1.0, False  # the next batch's weight in stats; are they fixed
 
     def __call__(self, x):
         x = x.contiguous(memory_format=torch.channels_last)  # a fifth faster than channels first
@@ -274,15 +282,27 @@ class Network:
         x = F.hardswish(self.conv_bn("head_1", x, net["head"][0]))
         return F.hardswish(self.conv("head_2", x.mean((2, 3), keepdim=True), net["head"][1]))
 
-    def conv_bn(self, name, x, *sizes, **options):
-        x = self.conv(name, x, *sizes, **options)
-        scale, shift = (self.vector(f"{name}_{part}", x.shape[1]) for part in ("scale", "shift"))
-        key = f"{name}_stats"
-        if self.averaging and key not in self.stats:
-            self.stats[key] = torch.zeros(2, x.shape[1], device=x.device)
-        mean, variance = self.stats.get(key, (None, None))  # updated in place
-        of_batch = mean is None or self.averaging > 0
-        return F.batch_norm(x, mean, variance, scale, shift, of_batch, self.averaging)
+    @torch.no_grad()
+    def frozen(self):
+        """The student with the statistics that it has now, for the attack and to be judged. Batch
+        norm is a scale and a shift then, which go into the convolution's weights and bias."""
+        student = copy.copy(self)
+        student.slices, student.fixed = {**self.slices}, True
+        for name, (mean, variance) in self.stats.items():
+            scale, shift = (student.slices.pop(f"{name}_{part}") for part in ("scale", "shift"))
+            factor = scale / (variance + 1e-5).sqrt()
+            student.slices[name] = factor[:, None, None, None] * self.slices[name]
+            student.slices[f"{name}_bias"] = shift - mean * factor
+        return student
+
+    def conv_bn(self, name, x, out, *sizes, **options):
+        x = self.conv(name, x, out, *sizes, **options, bias=self.fixed)
+        if self.fixed:
+            return x
+        scale, shift = (self.vector(f"{name}_{part}", out) for part in ("scale", "shift"))
+        if name not in self.stats:
+            self.stats[name] = scale.new_zeros(2, out)  # updated in place
+        return F.batch_norm(x, *self.stats[name], scale, shift, True, self.averaging)
 
     def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
         """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
@@ -306,12 +326,12 @@ class Network:
 @torch.no_grad()
 def calibrated(network, images, batch=250):
     """The student as it is judged and exported: with batch-norm statistics of its own, from uint8
-    training images. What reaches a layer depends on the student, so none would suit all."""
+    images, augmented as in training. What reaches a layer depends on the student, so none would
+    suit all."""
     for i, x in enumerate(images.split(batch)):
         network.averaging = len(x) / (i * batch + len(x))  # a plain average
         network(x / 255)
-    network.averaging = 0.0
-    return network
+    return network.frozen()
 
 # ---- Attack and judgement ------------------------------------------------------------------------
 def pgd(network, x, loss, start, eps, step_size, steps):
@@ -348,25 +368,26 @@ def judge(network, images, labels, eps, step_size, steps, batch=100):
 
 def accuracies(network, data, args):
     """(natural, robust) accuracy of a student, shares of 1, on held-out training images."""
-    calibrated(network, data["train"][: args.calibration_images])
+    network = calibrated(network, data["calibration"][: args.calibration_images])
     images, labels = data["held_out"][: args.val_images], data["held_out_labels"][: args.val_images]
     right = judge(network, images, labels, args.eps / 255, args.step_size / 255, args.steps)
     return [part.double().mean().item() for part in right]
 
 # ---- Data ----------------------------------------------------------------------------------------
 def load_images(args, net, device):
-    """{train, held_out, test}: uint8 (N, 3, 32, 32), {...}_labels: (N,), and the classes' names."""
+    """{train, held_out, test}: uint8 (N, 3, 32, 32), {...}_labels: (N,), the classes' names, and
+    calibration, training images for batch norms' statistics."""
     images = load(args.out / "01_images.pt", args.common)
     if images["mark"] != net["settings"]["data"]:
         fail("01_images.pt and 01_dynamic_net.pt are of different images: --restart chapter 1")
     return moved(images, device)
 
 def augment(images):
-    """Uint8 images (B, 3, 32, 32), each cropped (4 black pixels around) and flipped its own way."""
+    """Images (B, 3, 32, 32), each cropped (4 black pixels around) and flipped its own way."""
     count, device = len(images), images.device
     crops = F.pad(images, (4, 4, 4, 4)).unfold(2, 32, 1).unfold(3, 32, 1)  # (B, 3, 9, 9, 32, 32)
     row, column = torch.randint(9, (2, count), device=device)
-    x = crops[torch.arange(count, device=device), :, row, column] / 255
+    x = crops[torch.arange(count, device=device), :, row, column]
     return torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
 
 # ---- Files: the only thing that chapters share; each is written whole or not at all --------------

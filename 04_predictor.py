@@ -23,12 +23,13 @@ writes  04_students.csv      a row for each measured student; 04_students.pt to 
         04_predictor.pt      the predictor; delete it to fit another one to the same students
         (with --sampling random all names end in _random)
 """
-import argparse, csv, hashlib, io, os, random, shlex, signal, subprocess, sys, time, zipfile
+import argparse, copy, csv, hashlib, io, os, random, shlex, signal, subprocess, sys, time, zipfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+# fmt: off
 FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
     "students": (2000, 300, 40, 4, 10**6, "students to measure; paper 2000 (section 5.2)"),
     "test_students": (300, 60, 10, 2, 10**6, "of them, kept to test the predictor; paper 300"),
@@ -36,9 +37,10 @@ FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
     "eps": (8.0, 8.0, 8.0, 0.2, 255, "change of a pixel, in 1/255: for 0.031 (paper) write 7.9"),
     "step_size": (1.81, 1.81, 1.81, 0.02, 255, "in 1/255: for 0.0071 (paper) write 1.81"),
     "steps": (20, 20, 10, 1, 10**4, "of the attack; paper 20"),
-    "calibration_images": (2000, 2000, 500, 2, 10**6, "training images for batch-norm statistics"),
+    "calibration_images": (2000, 2000, 500, 2, 4000, "training images for batch-norm statistics"),
     "epochs": (30, 30, 30, 1, 10**6, "of the predictor; paper 30"),
 }
+# fmt: on
 PAPER = {"natural": 0.0076, "robust": 0.0072}  # RMSE (section 5.2)
 HIDDEN = [400] * 6  # widths of the predictor's hidden layers (released code)
 
@@ -103,7 +105,7 @@ def measure(args, network, data):
     """Accuracy, a share of 1, natural and under PGD, on held-out training images and on their first
     half alone, of a student with batch-norm statistics of its own; and the seconds that it took."""
     begun = time.monotonic()
-    calibrated(network, data["train"][: args.calibration_images])
+    network = calibrated(network, data["calibration"][: args.calibration_images])
     images, labels = data["held_out"][: args.images], data["held_out_labels"][: args.images]
     right = judge(network, images, labels, args.eps / 255, args.step_size / 255, args.steps)
     row = {}
@@ -177,7 +179,7 @@ def pictures(args, network, data):
     change x 16 around gray, and their sum; framed green where the student is right, else red."""
     from torchvision.utils import make_grid, save_image
 
-    calibrated(network, data["train"][: args.calibration_images])
+    network = calibrated(network, data["calibration"][: args.calibration_images])
     x, y = data["held_out"][:100] / 255, data["held_out_labels"][:100]
     pick = (network(x).argmax(1) != y).int().argsort(stable=True)[:8]
     x, y = x[pick], y[pick]
@@ -236,12 +238,12 @@ def sample(net, rng, varies="", base=()):
 class Network:
     """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its weights are
     leading slices of the shared ones, taken in the first call: after an SGD step, make a new one.
-    Batch norm has the batch's statistics, as in training, until the student is calibrated."""
+    Batch norm has the batch's statistics, as in training; frozen() has those of the last call."""
     def __init__(self, net, weights, student):
         self.net, self.shared = net, weights
         self.choice = dict(zip(net["genes"], student))
         self.slices, self.stats = {}, {}  # {name: part of a weight}, {name: (mean, variance)}
-        self.averaging = 0.0  # while it is calibrated: the weight of the next batch
+        self.averaging, self.fixed = 1.0, False  # the next batch's weight in stats; are they fixed
 
     def __call__(self, x):
         x = x.contiguous(memory_format=torch.channels_last)  # a fifth faster than channels first
@@ -291,15 +293,27 @@ class Network:
         x = F.hardswish(self.conv_bn("head_1", x, net["head"][0]))
         return F.hardswish(self.conv("head_2", x.mean((2, 3), keepdim=True), net["head"][1]))
 
-    def conv_bn(self, name, x, *sizes, **options):
-        x = self.conv(name, x, *sizes, **options)
-        scale, shift = (self.vector(f"{name}_{part}", x.shape[1]) for part in ("scale", "shift"))
-        key = f"{name}_stats"
-        if self.averaging and key not in self.stats:
-            self.stats[key] = torch.zeros(2, x.shape[1], device=x.device)
-        mean, variance = self.stats.get(key, (None, None))  # updated in place
-        of_batch = mean is None or self.averaging > 0
-        return F.batch_norm(x, mean, variance, scale, shift, of_batch, self.averaging)
+    @torch.no_grad()
+    def frozen(self):
+        """The student with the statistics that it has now, for the attack and to be judged. Batch
+        norm is a scale and a shift then, which go into the convolution's weights and bias."""
+        student = copy.copy(self)
+        student.slices, student.fixed = {**self.slices}, True
+        for name, (mean, variance) in self.stats.items():
+            scale, shift = (student.slices.pop(f"{name}_{part}") for part in ("scale", "shift"))
+            factor = scale / (variance + 1e-5).sqrt()
+            student.slices[name] = factor[:, None, None, None] * self.slices[name]
+            student.slices[f"{name}_bias"] = shift - mean * factor
+        return student
+
+    def conv_bn(self, name, x, out, *sizes, **options):
+        x = self.conv(name, x, out, *sizes, **options, bias=self.fixed)
+        if self.fixed:
+            return x
+        scale, shift = (self.vector(f"{name}_{part}", out) for part in ("scale", "shift"))
+        if name not in self.stats:
+            self.stats[name] = scale.new_zeros(2, out)  # updated in place
+        return F.batch_norm(x, *self.stats[name], scale, shift, True, self.averaging)
 
     def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
         """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
@@ -323,12 +337,12 @@ class Network:
 @torch.no_grad()
 def calibrated(network, images, batch=250):
     """The student as it is judged and exported: with batch-norm statistics of its own, from uint8
-    training images. What reaches a layer depends on the student, so none would suit all."""
+    images, augmented as in training. What reaches a layer depends on the student, so none would
+    suit all."""
     for i, x in enumerate(images.split(batch)):
         network.averaging = len(x) / (i * batch + len(x))  # a plain average
         network(x / 255)
-    network.averaging = 0.0
-    return network
+    return network.frozen()
 
 # ---- Attack and judgement ------------------------------------------------------------------------
 def pgd(network, x, loss, start, eps, step_size, steps):
@@ -361,7 +375,8 @@ def judge(network, images, labels, eps, step_size, steps, batch=100):
 
 # ---- Data ----------------------------------------------------------------------------------------
 def load_images(args, net, device):
-    """{train, held_out, test}: uint8 (N, 3, 32, 32), {...}_labels: (N,), and the classes' names."""
+    """{train, held_out, test}: uint8 (N, 3, 32, 32), {...}_labels: (N,), the classes' names, and
+    calibration, training images for batch norms' statistics."""
     images = load(args.out / "01_images.pt", args.common)
     if images["mark"] != net["settings"]["data"]:
         fail("01_images.pt and 01_dynamic_net.pt are of different images: --restart chapter 1")

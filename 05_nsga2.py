@@ -24,11 +24,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+# fmt: off
 FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
     "population": (100, 100, 40, 2, 10**6, "students of a generation; released code 100"),
     "generations": (100, 100, 20, 1, 10**6, "paper 100 (section 5.3)"),
     "mutation": (0.1, 0.1, 0.1, 0, 1, "probability of a gene to be drawn anew; paper 0.1"),
 }
+# fmt: on
 
 # ---- The lesson: NSGA-II -------------------------------------------------------------------------
 def main():

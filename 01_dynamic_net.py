@@ -21,7 +21,20 @@ writes  01_images.pt        all images, which no later chapter reads from anywhe
         01_dynamic_net.pt   the network: genes, sizes, and the shared weights, drawn at random
         01_students.csv     a row for each student shown: its name, genes, parameters and MACs
 """
-import argparse, copy, csv, hashlib, io, math, os, random, shlex, signal, sys, time, warnings
+
+import argparse
+import copy
+import csv
+import hashlib
+import io
+import math
+import os
+import random
+import shlex
+import signal
+import sys
+import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -58,6 +71,7 @@ NETWORKS = {  # sections 4.3 and 5.0.1; "tiny" is of the same construction, for 
         "usual": {"depth": 1, "kernel": 3, "expand": 4}},
 }
 # fmt: on
+
 
 # ---- The lesson: a network that contains networks ------------------------------------------------
 def main():
@@ -99,8 +113,14 @@ expand: channels inside a block, as a multiple of those outside
         params = sum(part.numel() for part in network.slices.values())
         genes = dict(zip(net["genes"], student))
         rows.append({"student": name, **genes, "params": params, "macs": macs})
-        table.append({"student": name, "M parameters": params / 1e6, "M MACs": macs / 1e6,
-                      "alone it differs": (alone(x) - logits).abs().max().item()})
+        table.append(
+            {
+                "student": name,
+                "M parameters": params / 1e6,
+                "M MACs": macs / 1e6,
+                "alone it differs": (alone(x) - logits).abs().max().item(),
+            }
+        )
     share = gradient_share(net, shared, students["smallest"], images, "1_1_last")
     print(f"the smallest student's gradient reaches {share:.0%} of 1_1_last (stage_block_layer)\n")
     write_csv(args.out / "01_students.csv", rows)
@@ -109,6 +129,7 @@ expand: channels inside a block, as a multiple of those outside
     files = "01_images.pt", "01_students.csv", "01_dynamic_net.pt"
     finish(args, table, [args.out / name for name in files], CHAPTERS[1])
 
+
 def make_net(name, preset, classes):
     """What a network is beside its weights: sizes, {gene: choices, smallest first}, and switches,
     {gene: (a depth gene, the least depth at which it is on)}."""
@@ -116,12 +137,14 @@ def make_net(name, preset, classes):
     genes, switches = mobilenet_genes(net) if name == "mbv3" else resnet_genes(net)
     return {**net, "genes": genes, "switches": switches}
 
+
 def random_weights(net):
     """All shared weights: those of the largest student, of which every other one sees a part."""
     shared = {}
     RandomWeights(net, shared, student_at(net, -1))(torch.zeros(2, 3, 32, 32))
     shared["classifier"] *= 0.1  # start near the uniform answer
     return shared
+
 
 def resnet_genes(net):
     """Dyn-ResNet50's: a width is a whole stage's, because identity shortcuts join its blocks."""
@@ -136,6 +159,7 @@ def resnet_genes(net):
             switches[f"expand_{i}_{j}"] = (f"depth_{i}", j - blocks)
     return genes, switches
 
+
 def mobilenet_genes(net):
     """Dyn-MobileNetV3's: its blocks choose a kernel where ResNet's stages have widths."""
     genes = {f"depth_{i}": net["depth"] for i, _ in enumerate(net["stages"], 1)}
@@ -147,6 +171,7 @@ def mobilenet_genes(net):
                 switches[f"{kind}_{i}_{j}"] = (f"depth_{i}", j)
     return genes, switches
 
+
 def usual(net):
     """Nearly ResNet-50 (23.54 M parameters), or the MobileNet nearest to the paper's (4.17 M)."""
     student = []
@@ -154,6 +179,7 @@ def usual(net):
         wanted = net["usual"].get(gene, net["usual"][gene.split("_")[0]])
         student.append(max(choice for choice in choices if choice <= wanted))  # the next below
     return canonical(net, student)
+
 
 def count_students(net):
     """How many genotypes the network holds, exactly (section 4.3; paper: 2e19, MobileNet). Genes
@@ -163,11 +189,15 @@ def count_students(net):
         if gene not in net["switches"]:
             forms = 0
             for choice in choices:
-                owned = [g for g, (depth, least) in net["switches"].items()
-                         if depth == gene and least <= choice]
+                owned = [
+                    g
+                    for g, (depth, least) in net["switches"].items()
+                    if depth == gene and least <= choice
+                ]
                 forms += math.prod(len(net["genes"][g]) for g in owned)
             total *= forms
     return total
+
 
 def gradient_share(net, shared, student, images, name):
     """The share of a shared weight's numbers that the gradient of a student's loss reaches."""
@@ -176,11 +206,13 @@ def gradient_share(net, shared, student, images, name):
     F.cross_entropy(network(images["test"][:16] / 255), images["test_labels"][:16]).backward()
     return (leaves[name].grad != 0).double().mean().item()
 
+
 # ---- The network: genotype -> slices of the shared weights -> logits -----------------------------
 def divisible(channels):
     """The nearest multiple of 8 that is at least 8 and not below 90 % of `channels`."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded
+
 
 def canonical(net, student):
     """The one genotype of a student: genes of blocks that its depths switch off are 0."""
@@ -188,20 +220,29 @@ def canonical(net, student):
     off = [gene for gene, (depth, least) in net["switches"].items() if chosen[depth] < least]
     return tuple((chosen | dict.fromkeys(off, 0)).values())
 
+
 def student_at(net, place):
     """The student that takes this choice of every gene: -1 the largest, 0 the smallest."""
     return canonical(net, [choices[place] for choices in net["genes"].values()])
 
+
 def sample(net, rng, varies="", base=()):
     """A student: genes of kinds in varies ("": all, (): none) at random, the others of `base`."""
     genes = zip(net["genes"].items(), base or student_at(net, -1))
-    return canonical(net, [rng.choice(choices) if gene.startswith(varies) else kept
-                           for (gene, choices), kept in genes])
+    return canonical(
+        net,
+        [
+            rng.choice(choices) if gene.startswith(varies) else kept
+            for (gene, choices), kept in genes
+        ],
+    )
+
 
 class Network:
     """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its weights are
     leading slices of the shared ones, taken in the first call: after an SGD step, make a new one.
     Batch norm has the batch's statistics, as in training; frozen() has those of the last call."""
+
     def __init__(self, net, weights, student):
         self.net, self.shared = net, weights
         self.choice = dict(zip(net["genes"], student))
@@ -297,6 +338,7 @@ class Network:
                 self.slices[name] = self.shared[name][:size]
         return self.slices[name]
 
+
 class RandomWeights(Network):
     """Draws each shared weight when one of the largest student's layers first asks for it: He et
     al. (2015) for convolutions, identities for batch norm and kernel transforms."""
@@ -314,6 +356,7 @@ class RandomWeights(Network):
         self.shared[name] = torch.ones(size) if name.endswith("scale") else torch.zeros(size)
         return super().vector(name, size)
 
+
 # ---- Data ----------------------------------------------------------------------------------------
 def toy_images(count, seed):
     """`count` pictures of stripes, labels and names: 3 widths x 3 orientations. Phase, colours and
@@ -328,9 +371,13 @@ def toy_images(count, seed):
     colour = rng.uniform(-0.4, 0.4, (count, 3, 1, 1))
     images = rng.normal(0.5, 0.04, (count, 3, 32, 32)) + colour * stripes
     pixels = (255 * images.clip(0, 1)).astype(np.uint8)  # (N, 3, 32, 32)
-    names = [f"{width} {way}" for width in ("wide", "medium", "narrow")
-             for way in ("upright", "level", "slanted")]
+    names = [
+        f"{width} {way}"
+        for width in ("wide", "medium", "narrow")
+        for way in ("upright", "level", "slanted")
+    ]
     return torch.from_numpy(pixels), torch.from_numpy(labels), names
+
 
 def cifar_images(args, train):
     """CIFAR-10 or CIFAR-100 by torchvision, which downloads it; exits if it cannot."""
@@ -340,10 +387,13 @@ def cifar_images(args, train):
     try:
         images = source(args.data_dir, train=train, download=True)
     except (OSError, RuntimeError) as error:
-        fail(f"{args.dataset} could not be downloaded ({type(error).__name__}): put "
-             f"{source.filename} into {args.data_dir}, or take --dataset toy or a folder")
+        fail(
+            f"{args.dataset} could not be downloaded ({type(error).__name__}): put "
+            f"{source.filename} into {args.data_dir}, or take --dataset toy or a folder"
+        )
     pixels = torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous()
     return pixels, torch.tensor(images.targets), images.classes
+
 
 def picture(path):
     """The image in a file as a viewer shows it: turned as its camera was held, white where it is
@@ -366,6 +416,7 @@ def picture(path):
     except Exception as error:  # of many kinds
         fail(f"{path} cannot be used ({error or type(error).__name__}): convert or remove it")
 
+
 def folder_images(folder, part):
     """The images below folder/part/<class>, but for hidden ones, as in .ipynb_checkpoints; exits
     if there are fewer than two classes."""
@@ -373,10 +424,16 @@ def folder_images(folder, part):
 
     root = folder / part
     if not root.is_dir():
-        fail(f"--dataset {folder}: not cifar10, cifar100, toy, or a folder of train/<class>/* and "
-             f"test/<class>/* images: there is no {root}")
-    paths = [path for inside in sorted(root.iterdir()) for path in sorted(inside.rglob("*"))
-             if path.is_file() and "/." not in f"/{path.relative_to(root).as_posix()}"]
+        fail(
+            f"--dataset {folder}: not cifar10, cifar100, toy, or a folder of train/<class>/* and "
+            f"test/<class>/* images: there is no {root}"
+        )
+    paths = [
+        path
+        for inside in sorted(root.iterdir())
+        for path in sorted(inside.rglob("*"))
+        if path.is_file() and "/." not in f"/{path.relative_to(root).as_posix()}"
+    ]
     files = [path for path in paths if path.suffix.lower() in IMG_EXTENSIONS]
     owners = [path.relative_to(root).parts[0] for path in files]
     names, others = sorted({*owners}), len(paths) - len(files)
@@ -388,6 +445,7 @@ def folder_images(folder, part):
     labels = torch.tensor([names.index(name) for name in owners])
     names = [name.replace("\n", " ").encode(errors="replace").decode() for name in names]
     return images.permute(0, 3, 1, 2).contiguous(), labels, names
+
 
 def read_images(args):
     """{train, held_out, test}, uint8 (N, 3, 32, 32), {...}_labels, (N,), and the classes' names; a
@@ -407,10 +465,17 @@ def read_images(args):
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
     held_out, kept = order.split([len(order) // 10, len(order) - len(order) // 10])
     torch.manual_seed(0)
-    return {"train": pixels[kept], "held_out": pixels[held_out], "test": test[0], "names": names,
-            "calibration": augment(pixels[kept][:4000]),
-            "train_labels": labels[kept], "held_out_labels": labels[held_out],
-            "test_labels": test[1]}
+    return {
+        "train": pixels[kept],
+        "held_out": pixels[held_out],
+        "test": test[0],
+        "names": names,
+        "calibration": augment(pixels[kept][:4000]),
+        "train_labels": labels[kept],
+        "held_out_labels": labels[held_out],
+        "test_labels": test[1],
+    }
+
 
 def augment(images):
     """Images (B, 3, 32, 32), each cropped (4 black pixels around) and flipped its own way."""
@@ -420,10 +485,12 @@ def augment(images):
     x = crops[torch.arange(count, device=device), :, row, column]
     return torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
 
+
 # ---- Files: the only thing that chapters share; each is written whole or not at all --------------
 def fail(message):  # one line on stderr, exit code 2
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
+
 
 def write(path, content):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -433,6 +500,7 @@ def write(path, content):
     finally:
         temporary.unlink(missing_ok=True)
 
+
 def write_csv(path, rows):
     text = io.StringIO()
     table = csv.DictWriter(text, rows[0], lineterminator="\n")
@@ -440,10 +508,12 @@ def write_csv(path, rows):
     table.writerows(rows)
     write(path, text.getvalue().encode(errors="replace"))
 
+
 def save(path, settings, **content):
     buffer = io.BytesIO()
     torch.save({"settings": {**settings, "file": path.name}, **content}, buffer)
     write(path, buffer.getvalue())
+
 
 def load(path, settings):
     """What save() wrote, and `mark`, its checksum; exits if it is damaged or of other settings."""
@@ -460,9 +530,15 @@ def load(path, settings):
             fail(f"{path}: {name} was {made_with.get(name)}, not {value}: --restart or other --out")
     return {**loaded, "mark": hashlib.sha256(content).hexdigest()[:12]}
 
+
 # ---- Flags, and how chapters follow each other ---------------------------------------------------
-CHAPTERS = ["01_dynamic_net.py", "02_teacher_trades.py", "03_progressive_rslad.py",
-            "04_predictor.py", "05_nsga2.py"]
+CHAPTERS = [
+    "01_dynamic_net.py",
+    "02_teacher_trades.py",
+    "03_progressive_rslad.py",
+    "04_predictor.py",
+    "05_nsga2.py",
+]
 PRESETS = ["paper", "quick", "tiny"]
 COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
@@ -473,6 +549,7 @@ COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "device": {"help": "cpu, cuda or cuda:N; default: cuda if there is one"},
 }
 
+
 def read_flags(**others):
     """COMMON's flags, others, and FLAGS, by default the preset's; adds `given`, to pass on, and
     `common` and `settings`, which files are made with."""
@@ -480,14 +557,20 @@ def read_flags(**others):
     for flag, (*values, least, most, text) in FLAGS.items():
         text += f"; {least} to {most}; presets {values}"
         others[flag] = {"type": type(values[0]), "help": text}
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.error = fail
     for flag, options in {**COMMON, **others}.items():
         parser.add_argument("--" + flag.replace("_", "-"), **options)
     args = parser.parse_args()
-    args.given = [f"--{flag}={value}" for flag, value in vars(args).items()
-                  if flag in COMMON and value != parser.get_default(flag)]
+    args.given = [
+        f"--{flag}={value}"
+        for flag, value in vars(args).items()
+        if flag in COMMON and value != parser.get_default(flag)
+    ]
     preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
     for flag, (*values, least, most, text) in FLAGS.items():
         if getattr(args, flag) is None:
@@ -500,12 +583,14 @@ def read_flags(**others):
     args.out = args.out or Path("runs", f"{name}-{args.net}")
     return args
 
+
 def finish(args, rows, wrote, following=""):
     for line in [rows[0], *(row.values() for row in rows)] if rows else []:
         print(*(f"{format(cell, '.4g') if isinstance(cell, float) else cell:>17}" for cell in line))
     print("wrote", *wrote)
     if following:
         print("next: python", following, shlex.join(args.given))
+
 
 def run_chapter():
     """main(); being stopped, or a file that cannot be read or written, ends it with one line."""
@@ -519,6 +604,7 @@ def run_chapter():
     except OSError as error:
         sys.stdout = None  # it may be what failed, as with `| head`
         fail(f"{error.filename or 'the output'} could not be read or written: {error.strerror}")
+
 
 if __name__ == "__main__":
     run_chapter()

@@ -18,7 +18,19 @@ writes  02_teacher.pt, .pt2, _log.csv      the best epoch's weights; the same as
                     chapter 3's --teacher; a row for each epoch (with --student: 02_<student>...)
         table1.csv, student.pt2            with --judge; the search's student, to be deployed
 """
-import argparse, copy, csv, hashlib, io, math, os, shlex, signal, subprocess, sys, time
+
+import argparse
+import copy
+import csv
+import hashlib
+import io
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -42,11 +54,13 @@ FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
 }
 # fmt: on
 
+
 # ---- The lesson: TRADES --------------------------------------------------------------------------
 def main():
     args = read_flags(
         student={"help": "train this one alone: a name in 01_students.csv or 05_best.csv"},
-        judge={"action": "store_true", "help": "train nothing: table 1 of what is there"})
+        judge={"action": "store_true", "help": "train nothing: table 1 of what is there"},
+    )
     device, precision, where = pick_device(args)
     run_missing(args, "01_dynamic_net.pt")
     net = load(args.out / "01_dynamic_net.pt", args.common)
@@ -133,6 +147,7 @@ def main():
     table[0]["--sharpen"] = sharpening(network, data["held_out"], data["held_out_labels"])
     finish(args, table, [checkpoint, checkpoint.with_suffix(".pt2"), log], following)
 
+
 # ---- Table 1: everything in the folder, on the test images ---------------------------------------
 def table1(args, net, data, device):
     """Judge on the test images (section 5.4) what was trained alone (02_*.pt and 03_fixed_*.pt) or
@@ -154,15 +169,20 @@ def table1(args, net, data, device):
             test = judged, data["test"], data["test_labels"], args.eps / 255
             natural, fgsm = judge(*test, args.eps / 255, 1)
             right = {"natural": natural, "fgsm": fgsm, "pgd20": judge(*test, 2 / 255, 20)[1]}
-            row = {"file": path.stem, "student": name, "eps": args.eps,
-                   "params": sum(part.numel() for part in network.slices.values()),
-                   "macs": counter.get_total_flops() // 2}
+            row = {
+                "file": path.stem,
+                "student": name,
+                "eps": args.eps,
+                "params": sum(part.numel() for part in network.slices.values()),
+                "macs": counter.get_total_flops() // 2,
+            }
             rows.append(row | {key: part.double().mean().item() for key, part in right.items()})
             if name != made["student"]:  # a search's: best, best_500M, best_random, ...
                 wrote.append(args.out / f"{name.replace('best', 'student')}.pt2")
                 export(judged, wrote[-1], data["names"])
     write_csv(wrote[0], rows)
     finish(args, rows, wrote)
+
 
 @torch.no_grad()
 def sharpening(network, images, labels):
@@ -171,6 +191,7 @@ def sharpening(network, images, labels):
     logits = torch.cat([network(x / 255) for x in images.split(250)])
     factors = [tenths / 10 for tenths in range(1, 101)]
     return min(factors, key=lambda factor: F.cross_entropy(factor * logits, labels).item())
+
 
 class Exported(nn.Module):
     """A calibrated student as a module, with copies of its weights."""
@@ -187,6 +208,7 @@ class Exported(nn.Module):
         network.slices, network.fixed = self.tensors, True
         return network(x)
 
+
 def export(network, path, names):
     """Write a calibrated student as a network that needs none of this code, from (B, 3, 32, 32) in
     [0, 1] to logits, whose classes are the lines of its extra file `names`."""
@@ -196,7 +218,10 @@ def export(network, path, names):
     torch.export.save(program, buffer, extra_files={"names": "\n".join(names)})
     write(path, buffer.getvalue())
 
+
 SAVE_SECONDS = 60  # at least, from one state to the next; each is written at the end of an epoch
+
+
 def resume(path, settings, shared, optimizer):
     """Go on from a state: weights and momentum in place; returns the log's rows and the best."""
     state = load(path, settings)
@@ -206,11 +231,13 @@ def resume(path, settings, shared, optimizer):
     print(f"continuing {path} after epoch {len(state['rows'])}")
     return state["rows"], state["best"]
 
+
 # ---- The network: genotype -> slices of the shared weights -> logits -----------------------------
 def divisible(channels):
     """The nearest multiple of 8 that is at least 8 and not below 90 % of `channels`."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded
+
 
 def canonical(net, student):
     """The one genotype of a student: genes of blocks that its depths switch off are 0."""
@@ -218,9 +245,11 @@ def canonical(net, student):
     off = [gene for gene, (depth, least) in net["switches"].items() if chosen[depth] < least]
     return tuple((chosen | dict.fromkeys(off, 0)).values())
 
+
 def student_at(net, place):
     """The student that takes this choice of every gene: -1 the largest, 0 the smallest."""
     return canonical(net, [choices[place] for choices in net["genes"].values()])
+
 
 def named_student(args, net):
     """The student of this name in 01_students.csv or in a search's 05_best.csv."""
@@ -229,10 +258,12 @@ def named_student(args, net):
         students |= load(path, net["settings"])["students"]
     return students.get(args.student) or fail(f"choose --student from {', '.join(students)}")
 
+
 class Network:
     """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its weights are
     leading slices of the shared ones, taken in the first call: after an SGD step, make a new one.
     Batch norm has the batch's statistics, as in training; frozen() has those of the last call."""
+
     def __init__(self, net, weights, student):
         self.net, self.shared = net, weights
         self.choice = dict(zip(net["genes"], student))
@@ -328,6 +359,7 @@ class Network:
                 self.slices[name] = self.shared[name][:size]
         return self.slices[name]
 
+
 @torch.no_grad()
 def calibrated(network, images, batch=250):
     """The student as it is judged and exported: with batch-norm statistics of its own, from uint8
@@ -337,6 +369,7 @@ def calibrated(network, images, batch=250):
         network.averaging = len(x) / (i * batch + len(x))  # a plain average
         network(x / 255)
     return network.frozen()
+
 
 # ---- Attack and judgement ------------------------------------------------------------------------
 def pgd(network, x, loss, start, eps, step_size, steps):
@@ -351,9 +384,11 @@ def pgd(network, x, loss, start, eps, step_size, steps):
         x_adv = (x + (x_adv - x).clamp(-eps, eps)).clamp(0, 1)
     return x_adv
 
+
 def kl(logits, target):
     """KL(target || softmax(logits)), mean over images; target holds log-probabilities (B, C)."""
     return F.kl_div(F.log_softmax(logits, 1), target, reduction="batchmean", log_target=True)
+
 
 @torch.no_grad()
 def judge(network, images, labels, eps, step_size, steps, batch=100):
@@ -371,12 +406,14 @@ def judge(network, images, labels, eps, step_size, steps, batch=100):
         robust[pick] = network(x_adv).argmax(1) == y
     return natural, robust
 
+
 def accuracies(network, data, args):
     """(natural, robust) accuracy of a student, shares of 1, on held-out training images."""
     network = calibrated(network, data["calibration"][: args.calibration_images])
     images, labels = data["held_out"][: args.val_images], data["held_out_labels"][: args.val_images]
     right = judge(network, images, labels, args.eps / 255, args.step_size / 255, args.steps)
     return [part.double().mean().item() for part in right]
+
 
 # ---- Data ----------------------------------------------------------------------------------------
 def load_images(args, net, device):
@@ -387,6 +424,7 @@ def load_images(args, net, device):
         fail("01_images.pt and 01_dynamic_net.pt are of different images: --restart chapter 1")
     return moved(images, device)
 
+
 def augment(images):
     """Images (B, 3, 32, 32), each cropped (4 black pixels around) and flipped its own way."""
     count, device = len(images), images.device
@@ -395,10 +433,12 @@ def augment(images):
     x = crops[torch.arange(count, device=device), :, row, column]
     return torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
 
+
 # ---- Files: the only thing that chapters share; each is written whole or not at all --------------
 def fail(message):  # one line on stderr, exit code 2
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
+
 
 def write(path, content):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -408,6 +448,7 @@ def write(path, content):
     finally:
         temporary.unlink(missing_ok=True)
 
+
 def write_csv(path, rows):
     text = io.StringIO()
     table = csv.DictWriter(text, rows[0], lineterminator="\n")
@@ -415,10 +456,12 @@ def write_csv(path, rows):
     table.writerows(rows)
     write(path, text.getvalue().encode(errors="replace"))
 
+
 def save(path, settings, **content):
     buffer = io.BytesIO()
     torch.save({"settings": {**settings, "file": path.name}, **content}, buffer)
     write(path, buffer.getvalue())
+
 
 def load(path, settings):
     """What save() wrote, and `mark`, its checksum; exits if it is damaged or of other settings."""
@@ -435,14 +478,25 @@ def load(path, settings):
             fail(f"{path}: {name} was {made_with.get(name)}, not {value}: --restart or other --out")
     return {**loaded, "mark": hashlib.sha256(content).hexdigest()[:12]}
 
+
 def moved(content, device, learn=False):
     """A copy with all tensors on the device, where they get gradients if they are to learn."""
-    return {name: part.detach().to(device, copy=True).requires_grad_(learn)
-            if torch.is_tensor(part) else part for name, part in content.items()}
+    return {
+        name: part.detach().to(device, copy=True).requires_grad_(learn)
+        if torch.is_tensor(part)
+        else part
+        for name, part in content.items()
+    }
+
 
 # ---- Flags, and how chapters follow each other ---------------------------------------------------
-CHAPTERS = ["01_dynamic_net.py", "02_teacher_trades.py", "03_progressive_rslad.py",
-            "04_predictor.py", "05_nsga2.py"]
+CHAPTERS = [
+    "01_dynamic_net.py",
+    "02_teacher_trades.py",
+    "03_progressive_rslad.py",
+    "04_predictor.py",
+    "05_nsga2.py",
+]
 PRESETS = ["paper", "quick", "tiny"]
 COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
@@ -453,6 +507,7 @@ COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "device": {"help": "cpu, cuda or cuda:N; default: cuda if there is one"},
 }
 
+
 def read_flags(**others):
     """COMMON's flags, others, and FLAGS, by default the preset's; adds `given`, to pass on, and
     `common` and `settings`, which files are made with."""
@@ -460,14 +515,20 @@ def read_flags(**others):
     for flag, (*values, least, most, text) in FLAGS.items():
         text += f"; {least} to {most}; presets {values}"
         others[flag] = {"type": type(values[0]), "help": text}
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.error = fail
     for flag, options in {**COMMON, **others}.items():
         parser.add_argument("--" + flag.replace("_", "-"), **options)
     args = parser.parse_args()
-    args.given = [f"--{flag}={value}" for flag, value in vars(args).items()
-                  if flag in COMMON and value != parser.get_default(flag)]
+    args.given = [
+        f"--{flag}={value}"
+        for flag, value in vars(args).items()
+        if flag in COMMON and value != parser.get_default(flag)
+    ]
     preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
     for flag, (*values, least, most, text) in FLAGS.items():
         if getattr(args, flag) is None:
@@ -479,6 +540,7 @@ def read_flags(**others):
     args.common = {"dataset": name, "net": args.net, "preset": preset, "seed": args.seed}
     args.out = args.out or Path("runs", f"{name}-{args.net}")
     return args
+
 
 def pick_device(args):
     """(the device, autocast to bf16 where a GPU has it, words for both); exits if it is none."""
@@ -492,6 +554,7 @@ def pick_device(args):
     precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     return device, precision, f"{device} in {'bf16' if bf16 else 'float32'}"
 
+
 def run_missing(args, *files):
     """Run each earlier chapter whose file is missing; if stopped, it stops the one that runs."""
     for name, script in zip(files, CHAPTERS):
@@ -502,12 +565,14 @@ def run_missing(args, *files):
             if subprocess.run(command).returncode:
                 raise SystemExit(2)  # it has said why
 
+
 def finish(args, rows, wrote, following=""):
     for line in [rows[0], *(row.values() for row in rows)] if rows else []:
         print(*(f"{format(cell, '.4g') if isinstance(cell, float) else cell:>17}" for cell in line))
     print("wrote", *wrote)
     if following:
         print("next: python", following, shlex.join(args.given))
+
 
 def run_chapter():
     """main(); being stopped, or a file that cannot be read or written, ends it with one line."""
@@ -521,6 +586,7 @@ def run_chapter():
     except OSError as error:
         sys.stdout = None  # it may be what failed, as with `| head`
         fail(f"{error.filename or 'the output'} could not be read or written: {error.strerror}")
+
 
 if __name__ == "__main__":
     run_chapter()

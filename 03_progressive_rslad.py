@@ -18,8 +18,22 @@ Students shrink in three phases; Dyn-MobileNetV3 has kernels in place of widths.
 reads   01_images.pt, 01_dynamic_net.pt, 02_teacher.pt (made first if missing)
 writes  03_progressive.pt, _log.csv (03_random..., 03_fixed_...)    weights; a row for each epoch
 """
-import argparse, copy, csv, hashlib, io, logging, math, os, random, shlex, signal, subprocess, sys
-import time, zipfile
+
+import argparse
+import copy
+import csv
+import hashlib
+import io
+import logging
+import math
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import zipfile
 from pathlib import Path
 
 import torch
@@ -42,21 +56,31 @@ FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
 # fmt: on
 
 VARIES = {  # figure 4: the kinds of genes that vary in each of the three phases
-    "progressive": [("width", "kernel"), ("width", "kernel", "depth"),
-                    ("width", "kernel", "depth", "expand")],
+    "progressive": [
+        ("width", "kernel"),
+        ("width", "kernel", "depth"),
+        ("width", "kernel", "depth", "expand"),
+    ],
     "random": [("width", "kernel", "depth", "expand")] * 3,
     "fixed": [()],  # none, in one phase as long as the three
 }
+
 
 # ---- The lesson: progressive sampling and RSLAD --------------------------------------------------
 def main():
     args = read_flags(
         sampling={"choices": [*VARIES], "default": "progressive"},
         student={"help": "for --sampling fixed: a name in 01_students.csv or 05_best.csv"},
-        start={"choices": ["teacher", "random"], "help": "first weights; default: the teacher's, "
-               "but for --sampling fixed random"},
-        teacher={"type": Path, "help": "learn from another network, FILE.pt2 made by torch.export, "
-                 "that takes (B, 3, 32, 32) in [0, 1]"})
+        start={
+            "choices": ["teacher", "random"],
+            "help": "first weights; default: the teacher's, but for --sampling fixed random",
+        },
+        teacher={
+            "type": Path,
+            "help": "learn from another network, FILE.pt2 made by torch.export, "
+            "that takes (B, 3, 32, 32) in [0, 1]",
+        },
+    )
     if (args.sampling == "fixed") != bool(args.student):
         fail("--sampling fixed and --student NAME go together")
     device, precision, where = pick_device(args)
@@ -70,8 +94,14 @@ def main():
     taught_by = "teacher", trained["mark"]
     if args.teacher:
         taught_by = args.teacher.stem, hashlib.sha256(args.teacher.read_bytes()).hexdigest()[:12]
-    settings = {**net["settings"], **args.settings, "start": start, "genotype": base,
-                "student": args.student or "largest", "teacher": taught_by}
+    settings = {
+        **net["settings"],
+        **args.settings,
+        "start": start,
+        "genotype": base,
+        "student": args.student or "largest",
+        "teacher": taught_by,
+    }
     name, following = f"03_{args.sampling}", f"04_predictor.py --sampling={args.sampling}"
     if args.student:
         name += f"_{args.student}_by_{taught_by[0]}"
@@ -157,9 +187,16 @@ def main():
             save(state, settings, weights=shared, sgd=optimizer.state_dict(), rows=rows, best=None)
     save(checkpoint, settings, weights=moved(shared, "cpu"))
     state.unlink(missing_ok=True)
-    table = [{"held-out images": name, "natural": rows[-1][f"natural_{name}"],
-              f"PGD-{args.steps}": rows[-1][f"robust_{name}"]} for name in looks]
+    table = [
+        {
+            "held-out images": name,
+            "natural": rows[-1][f"natural_{name}"],
+            f"PGD-{args.steps}": rows[-1][f"robust_{name}"],
+        }
+        for name in looks
+    ]
     finish(args, table, [checkpoint, log], following)
+
 
 @torch.no_grad()
 def sort_channels(net, shared):
@@ -176,6 +213,7 @@ def sort_channels(net, shared):
                 for name in {f"{block}_{part}" for part in parts} & {*shared}:
                     shared[name].copy_(shared[name].index_select(dim, order))
 
+
 def exported_network(path, x, classes):  # exits if it does not give images x a logit per class
     logging.disable(logging.WARNING)  # torch.export would log a traceback
     try:
@@ -185,7 +223,10 @@ def exported_network(path, x, classes):  # exits if it does not give images x a 
         fail(f"--teacher {path}: {len(x)} images, {classes} logits: {str(error).splitlines()[0]}")
     return network
 
+
 SAVE_SECONDS = 60  # at least, from one state to the next; each is written at the end of an epoch
+
+
 def resume(path, settings, shared, optimizer):
     """Go on from a state: weights and momentum in place; returns the log's rows and the best."""
     state = load(path, settings)
@@ -195,11 +236,13 @@ def resume(path, settings, shared, optimizer):
     print(f"continuing {path} after epoch {len(state['rows'])}")
     return state["rows"], state["best"]
 
+
 # ---- The network: genotype -> slices of the shared weights -> logits -----------------------------
 def divisible(channels):
     """The nearest multiple of 8 that is at least 8 and not below 90 % of `channels`."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded
+
 
 def canonical(net, student):
     """The one genotype of a student: genes of blocks that its depths switch off are 0."""
@@ -207,15 +250,23 @@ def canonical(net, student):
     off = [gene for gene, (depth, least) in net["switches"].items() if chosen[depth] < least]
     return tuple((chosen | dict.fromkeys(off, 0)).values())
 
+
 def student_at(net, place):
     """The student that takes this choice of every gene: -1 the largest, 0 the smallest."""
     return canonical(net, [choices[place] for choices in net["genes"].values()])
 
+
 def sample(net, rng, varies="", base=()):
     """A student: genes of kinds in varies ("": all, (): none) at random, the others of `base`."""
     genes = zip(net["genes"].items(), base or student_at(net, -1))
-    return canonical(net, [rng.choice(choices) if gene.startswith(varies) else kept
-                           for (gene, choices), kept in genes])
+    return canonical(
+        net,
+        [
+            rng.choice(choices) if gene.startswith(varies) else kept
+            for (gene, choices), kept in genes
+        ],
+    )
+
 
 def named_student(args, net):
     """The student of this name in 01_students.csv or in a search's 05_best.csv."""
@@ -224,10 +275,12 @@ def named_student(args, net):
         students |= load(path, net["settings"])["students"]
     return students.get(args.student) or fail(f"choose --student from {', '.join(students)}")
 
+
 class Network:
     """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its weights are
     leading slices of the shared ones, taken in the first call: after an SGD step, make a new one.
     Batch norm has the batch's statistics, as in training; frozen() has those of the last call."""
+
     def __init__(self, net, weights, student):
         self.net, self.shared = net, weights
         self.choice = dict(zip(net["genes"], student))
@@ -323,6 +376,7 @@ class Network:
                 self.slices[name] = self.shared[name][:size]
         return self.slices[name]
 
+
 @torch.no_grad()
 def calibrated(network, images, batch=250):
     """The student as it is judged and exported: with batch-norm statistics of its own, from uint8
@@ -332,6 +386,7 @@ def calibrated(network, images, batch=250):
         network.averaging = len(x) / (i * batch + len(x))  # a plain average
         network(x / 255)
     return network.frozen()
+
 
 # ---- Attack and judgement ------------------------------------------------------------------------
 def pgd(network, x, loss, start, eps, step_size, steps):
@@ -346,9 +401,11 @@ def pgd(network, x, loss, start, eps, step_size, steps):
         x_adv = (x + (x_adv - x).clamp(-eps, eps)).clamp(0, 1)
     return x_adv
 
+
 def kl(logits, target):
     """KL(target || softmax(logits)), mean over images; target holds log-probabilities (B, C)."""
     return F.kl_div(F.log_softmax(logits, 1), target, reduction="batchmean", log_target=True)
+
 
 @torch.no_grad()
 def judge(network, images, labels, eps, step_size, steps, batch=100):
@@ -366,12 +423,14 @@ def judge(network, images, labels, eps, step_size, steps, batch=100):
         robust[pick] = network(x_adv).argmax(1) == y
     return natural, robust
 
+
 def accuracies(network, data, args):
     """(natural, robust) accuracy of a student, shares of 1, on held-out training images."""
     network = calibrated(network, data["calibration"][: args.calibration_images])
     images, labels = data["held_out"][: args.val_images], data["held_out_labels"][: args.val_images]
     right = judge(network, images, labels, args.eps / 255, args.step_size / 255, args.steps)
     return [part.double().mean().item() for part in right]
+
 
 # ---- Data ----------------------------------------------------------------------------------------
 def load_images(args, net, device):
@@ -382,6 +441,7 @@ def load_images(args, net, device):
         fail("01_images.pt and 01_dynamic_net.pt are of different images: --restart chapter 1")
     return moved(images, device)
 
+
 def augment(images):
     """Images (B, 3, 32, 32), each cropped (4 black pixels around) and flipped its own way."""
     count, device = len(images), images.device
@@ -390,10 +450,12 @@ def augment(images):
     x = crops[torch.arange(count, device=device), :, row, column]
     return torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
 
+
 # ---- Files: the only thing that chapters share; each is written whole or not at all --------------
 def fail(message):  # one line on stderr, exit code 2
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
+
 
 def write(path, content):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -403,6 +465,7 @@ def write(path, content):
     finally:
         temporary.unlink(missing_ok=True)
 
+
 def write_csv(path, rows):
     text = io.StringIO()
     table = csv.DictWriter(text, rows[0], lineterminator="\n")
@@ -410,10 +473,12 @@ def write_csv(path, rows):
     table.writerows(rows)
     write(path, text.getvalue().encode(errors="replace"))
 
+
 def save(path, settings, **content):
     buffer = io.BytesIO()
     torch.save({"settings": {**settings, "file": path.name}, **content}, buffer)
     write(path, buffer.getvalue())
+
 
 def load(path, settings):
     """What save() wrote, and `mark`, its checksum; exits if it is damaged or of other settings."""
@@ -430,14 +495,25 @@ def load(path, settings):
             fail(f"{path}: {name} was {made_with.get(name)}, not {value}: --restart or other --out")
     return {**loaded, "mark": hashlib.sha256(content).hexdigest()[:12]}
 
+
 def moved(content, device, learn=False):
     """A copy with all tensors on the device, where they get gradients if they are to learn."""
-    return {name: part.detach().to(device, copy=True).requires_grad_(learn)
-            if torch.is_tensor(part) else part for name, part in content.items()}
+    return {
+        name: part.detach().to(device, copy=True).requires_grad_(learn)
+        if torch.is_tensor(part)
+        else part
+        for name, part in content.items()
+    }
+
 
 # ---- Flags, and how chapters follow each other ---------------------------------------------------
-CHAPTERS = ["01_dynamic_net.py", "02_teacher_trades.py", "03_progressive_rslad.py",
-            "04_predictor.py", "05_nsga2.py"]
+CHAPTERS = [
+    "01_dynamic_net.py",
+    "02_teacher_trades.py",
+    "03_progressive_rslad.py",
+    "04_predictor.py",
+    "05_nsga2.py",
+]
 PRESETS = ["paper", "quick", "tiny"]
 COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
@@ -448,6 +524,7 @@ COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "device": {"help": "cpu, cuda or cuda:N; default: cuda if there is one"},
 }
 
+
 def read_flags(**others):
     """COMMON's flags, others, and FLAGS, by default the preset's; adds `given`, to pass on, and
     `common` and `settings`, which files are made with."""
@@ -455,14 +532,20 @@ def read_flags(**others):
     for flag, (*values, least, most, text) in FLAGS.items():
         text += f"; {least} to {most}; presets {values}"
         others[flag] = {"type": type(values[0]), "help": text}
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.error = fail
     for flag, options in {**COMMON, **others}.items():
         parser.add_argument("--" + flag.replace("_", "-"), **options)
     args = parser.parse_args()
-    args.given = [f"--{flag}={value}" for flag, value in vars(args).items()
-                  if flag in COMMON and value != parser.get_default(flag)]
+    args.given = [
+        f"--{flag}={value}"
+        for flag, value in vars(args).items()
+        if flag in COMMON and value != parser.get_default(flag)
+    ]
     preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
     for flag, (*values, least, most, text) in FLAGS.items():
         if getattr(args, flag) is None:
@@ -474,6 +557,7 @@ def read_flags(**others):
     args.common = {"dataset": name, "net": args.net, "preset": preset, "seed": args.seed}
     args.out = args.out or Path("runs", f"{name}-{args.net}")
     return args
+
 
 def pick_device(args):
     """(the device, autocast to bf16 where a GPU has it, words for both); exits if it is none."""
@@ -487,6 +571,7 @@ def pick_device(args):
     precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     return device, precision, f"{device} in {'bf16' if bf16 else 'float32'}"
 
+
 def run_missing(args, *files):
     """Run each earlier chapter whose file is missing; if stopped, it stops the one that runs."""
     for name, script in zip(files, CHAPTERS):
@@ -497,12 +582,14 @@ def run_missing(args, *files):
             if subprocess.run(command).returncode:
                 raise SystemExit(2)  # it has said why
 
+
 def finish(args, rows, wrote, following=""):
     for line in [rows[0], *(row.values() for row in rows)] if rows else []:
         print(*(f"{format(cell, '.4g') if isinstance(cell, float) else cell:>17}" for cell in line))
     print("wrote", *wrote)
     if following:
         print("next: python", following, shlex.join(args.given))
+
 
 def run_chapter():
     """main(); being stopped, or a file that cannot be read or written, ends it with one line."""
@@ -516,6 +603,7 @@ def run_chapter():
     except OSError as error:
         sys.stdout = None  # it may be what failed, as with `| head`
         fail(f"{error.filename or 'the output'} could not be read or written: {error.strerror}")
+
 
 if __name__ == "__main__":
     run_chapter()

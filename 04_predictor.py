@@ -23,7 +23,20 @@ writes  04_students.csv      a row for each measured student; 04_students.pt to 
         04_predictor.pt      the predictor; delete it to fit another one to the same students
         (with --sampling random all names end in _random)
 """
-import argparse, copy, csv, hashlib, io, os, random, shlex, signal, subprocess, sys, time, zipfile
+
+import argparse
+import copy
+import csv
+import hashlib
+import io
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import zipfile
 from pathlib import Path
 
 import torch
@@ -43,6 +56,7 @@ FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
 # fmt: on
 PAPER = {"natural": 0.0076, "robust": 0.0072}  # RMSE (section 5.2)
 HIDDEN = [400] * 6  # widths of the predictor's hidden layers (released code)
+
 
 # ---- The lesson: measure some students, predict the others ---------------------------------------
 def main():
@@ -71,7 +85,7 @@ def main():
     count = min(args.images, len(data["held_out"]))
     print(f"{args.students} students, PGD-{args.steps}, {count} images, on {device} in float32")
     said = time.monotonic()
-    for student in students[len(rows):]:
+    for student in students[len(rows) :]:
         row = measure(args, Network(net, shared, student), data)
         rows.append({**dict(zip(net["genes"], student)), **row})
         save(state, measuring, rows=rows)
@@ -81,8 +95,10 @@ def main():
             left = rows[-1]["seconds"] * (args.students - len(rows)) / 60
             print(f"  {len(rows)}/{args.students} students, {left:.1f} minutes left")
 
-    measured, halves = (torch.tensor([[row[name + half] for name in PAPER] for row in rows])
-                        for half in ("", "_half"))  # (N, 2)
+    measured, halves = (
+        torch.tensor([[row[name + half] for name in PAPER] for row in rows])
+        for half in ("", "_half")
+    )  # (N, 2)
     test = args.students - args.test_students
     predictor = train_predictor(args, net, students[:test], measured[:test])
     predicted = predict_accuracy(predictor, net, students[test:])
@@ -98,8 +114,13 @@ def main():
     write(args.out / f"04_pictures{end}.png", pictures(args, middle, data))
     save(checkpoint, settings, **predictor)
     print(f"\non {len(predicted)} students that were not used in training; shares of 1:")
-    finish(args, report, [checkpoint, args.out / f"04_*{end}.csv",
-                          args.out / f"04_pictures{end}.png"], following)
+    finish(
+        args,
+        report,
+        [checkpoint, args.out / f"04_*{end}.csv", args.out / f"04_pictures{end}.png"],
+        following,
+    )
+
 
 def measure(args, network, data):
     """Accuracy, a share of 1, natural and under PGD, on held-out training images and on their first
@@ -114,6 +135,7 @@ def measure(args, network, data):
             row[name + end] = part[:count].double().mean().item()
     return {**row, "seconds": time.monotonic() - begun}
 
+
 def distinct_students(net, args):
     """--students different ones, each gene drawn uniformly; exits if there are not so many."""
     rng, students = random.Random(args.seed), {}
@@ -123,14 +145,17 @@ def distinct_students(net, args):
             return list(students)
     fail(f"--students {args.students}: this network does not hold so many different ones")
 
+
 def train_predictor(args, net, students, labels):
     """Fit an MLP to labels (N, 2) of students by mean squared error: {layers, mean, scale}."""
     torch.manual_seed(args.seed % 2**63)
     features = one_hot(net, students)
     mean, scale = labels.mean(0), labels.std(0).clamp(min=1e-4)  # both targets at one scale
     sizes = [features.shape[1], *HIDDEN, 2]
-    layers = [(torch.randn(inp, out) * (2 / inp) ** 0.5, torch.zeros(out))
-              for inp, out in zip(sizes, sizes[1:])]
+    layers = [
+        (torch.randn(inp, out) * (2 / inp) ** 0.5, torch.zeros(out))
+        for inp, out in zip(sizes, sizes[1:])
+    ]
     layers[-1][0].zero_()  # before training it answers the mean
     weights = [weight.requires_grad_() for layer in layers for weight in layer]
     optimizer = torch.optim.Adam(weights, lr=1e-3)  # released code
@@ -143,6 +168,7 @@ def train_predictor(args, net, students, labels):
     layers = [(matrix.detach(), bias.detach()) for matrix, bias in layers]
     return {"layers": layers, "mean": mean, "scale": scale}
 
+
 def compare(measured, halves, predicted):
     """What the error means: a row for each target, from all labels (N, 2), those on half of the
     images, and the predictions of the last students (T, 2).
@@ -152,27 +178,38 @@ def compare(measured, halves, predicted):
     none: so they differ with twice the variance of two labels. All students share their images:
     the part of this that moves all of them alike is no error of the predictor.
     """
-    test = measured[-len(predicted):]
+    test = measured[-len(predicted) :]
     error = (predicted - test).square().mean(0).sqrt()
     real, guessed = ((part[:, None] - part).sign() for part in (test, predicted))  # (T, T, 2)
     pairs = real.square().sum((0, 1)) * guessed.square().sum((0, 1))  # ties are 0
     tau = (real * guessed).sum((0, 1)) / pairs.sqrt()
     moves = (2 * measured - 2 * halves) / 2**0.5  # (second - first half) / sqrt(2)
-    rows = zip(PAPER, PAPER.values(), error.tolist(), tau.tolist(), measured.mean(0).tolist(),
-               measured.std(0).tolist(), moves.square().mean(0).sqrt().tolist())
+    rows = zip(
+        PAPER,
+        PAPER.values(),
+        error.tolist(),
+        tau.tolist(),
+        measured.mean(0).tolist(),
+        measured.std(0).tolist(),
+        moves.square().mean(0).sqrt().tolist(),
+    )
     columns = "target", "paper's RMSE", "RMSE", "tau", "mean", "sd of students", "moves by"
     return [dict(zip(columns, row)) for row in rows]
+
 
 def widths(args, net, shared, teacher, data):
     """Figure 6: the teacher, and students that differ in width (kernel) alone, measured."""
     kind = "kernel" if "kernel" in net else "width"
     rows = [{"student": "teacher", **measure(args, teacher, data)}]
     for place, value in enumerate(net[kind]):
-        student = [choices[place if gene.startswith(kind) else -1]
-                   for gene, choices in net["genes"].items()]
+        student = [
+            choices[place if gene.startswith(kind) else -1]
+            for gene, choices in net["genes"].items()
+        ]
         network = Network(net, shared, canonical(net, student))
         rows.append({"student": value, **measure(args, network, data)})
     return rows
+
 
 def pictures(args, network, data):
     """A PNG with a column for each of 8 held-out images that the student gets right: the image, the
@@ -183,8 +220,15 @@ def pictures(args, network, data):
     x, y = data["held_out"][:100] / 255, data["held_out_labels"][:100]
     pick = (network(x).argmax(1) != y).int().argsort(stable=True)[:8]
     x, y = x[pick], y[pick]
-    x_adv = pgd(network, x, lambda logits: F.cross_entropy(logits, y), torch.zeros_like(x),
-                args.eps / 255, args.step_size / 255, args.steps)
+    x_adv = pgd(
+        network,
+        x,
+        lambda logits: F.cross_entropy(logits, y),
+        torch.zeros_like(x),
+        args.eps / 255,
+        args.step_size / 255,
+        args.steps,
+    )
     right = torch.cat([network(at).argmax(1) == y for at in (x, x, x_adv)]).cpu()
     frames = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.6, 0.0]])[right.long(), :, None, None]
     frames = frames.repeat(1, 1, 36, 36)  # red or green
@@ -194,12 +238,17 @@ def pictures(args, network, data):
     save_image(grid, buffer, format="png")
     return buffer.getvalue()
 
+
 # ---- The predictor -------------------------------------------------------------------------------
 def one_hot(net, students):
     """Features (N, sum of choices): for each gene a 1 at its choice; none where it is off."""
-    columns = [[float(student[i] == choice) for student in students]
-               for i, choices in enumerate(net["genes"].values()) for choice in choices]
+    columns = [
+        [float(student[i] == choice) for student in students]
+        for i, choices in enumerate(net["genes"].values())
+        for choice in choices
+    ]
     return torch.tensor(columns).T
+
 
 def mlp(layers, x):
     """A fully-connected network with ReLU: features x (N, sum of choices) -> (N, 2)."""
@@ -208,10 +257,12 @@ def mlp(layers, x):
     matrix, bias = layers[-1]
     return x @ matrix + bias
 
+
 def predict_accuracy(predictor, net, students):
     """Predicted (natural, robust) accuracy of students, (N, 2), each a share of 1."""
     answers = mlp(predictor["layers"], one_hot(net, students))
     return answers * predictor["scale"] + predictor["mean"]
+
 
 # ---- The network: genotype -> slices of the shared weights -> logits -----------------------------
 def divisible(channels):
@@ -219,26 +270,36 @@ def divisible(channels):
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
+
 def canonical(net, student):
     """The one genotype of a student: genes of blocks that its depths switch off are 0."""
     chosen = dict(zip(net["genes"], student))
     off = [gene for gene, (depth, least) in net["switches"].items() if chosen[depth] < least]
     return tuple((chosen | dict.fromkeys(off, 0)).values())
 
+
 def student_at(net, place):
     """The student that takes this choice of every gene: -1 the largest, 0 the smallest."""
     return canonical(net, [choices[place] for choices in net["genes"].values()])
 
+
 def sample(net, rng, varies="", base=()):
     """A student: genes of kinds in varies ("": all, (): none) at random, the others of `base`."""
     genes = zip(net["genes"].items(), base or student_at(net, -1))
-    return canonical(net, [rng.choice(choices) if gene.startswith(varies) else kept
-                           for (gene, choices), kept in genes])
+    return canonical(
+        net,
+        [
+            rng.choice(choices) if gene.startswith(varies) else kept
+            for (gene, choices), kept in genes
+        ],
+    )
+
 
 class Network:
     """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its weights are
     leading slices of the shared ones, taken in the first call: after an SGD step, make a new one.
     Batch norm has the batch's statistics, as in training; frozen() has those of the last call."""
+
     def __init__(self, net, weights, student):
         self.net, self.shared = net, weights
         self.choice = dict(zip(net["genes"], student))
@@ -334,6 +395,7 @@ class Network:
                 self.slices[name] = self.shared[name][:size]
         return self.slices[name]
 
+
 @torch.no_grad()
 def calibrated(network, images, batch=250):
     """The student as it is judged and exported: with batch-norm statistics of its own, from uint8
@@ -343,6 +405,7 @@ def calibrated(network, images, batch=250):
         network.averaging = len(x) / (i * batch + len(x))  # a plain average
         network(x / 255)
     return network.frozen()
+
 
 # ---- Attack and judgement ------------------------------------------------------------------------
 def pgd(network, x, loss, start, eps, step_size, steps):
@@ -356,6 +419,7 @@ def pgd(network, x, loss, start, eps, step_size, steps):
         x_adv = x_adv.detach() + step_size * gradient.sign()
         x_adv = (x + (x_adv - x).clamp(-eps, eps)).clamp(0, 1)
     return x_adv
+
 
 @torch.no_grad()
 def judge(network, images, labels, eps, step_size, steps, batch=100):
@@ -373,6 +437,7 @@ def judge(network, images, labels, eps, step_size, steps, batch=100):
         robust[pick] = network(x_adv).argmax(1) == y
     return natural, robust
 
+
 # ---- Data ----------------------------------------------------------------------------------------
 def load_images(args, net, device):
     """{train, held_out, test}: uint8 (N, 3, 32, 32), {...}_labels: (N,), the classes' names, and
@@ -382,10 +447,12 @@ def load_images(args, net, device):
         fail("01_images.pt and 01_dynamic_net.pt are of different images: --restart chapter 1")
     return moved(images, device)
 
+
 # ---- Files: the only thing that chapters share; each is written whole or not at all --------------
 def fail(message):  # one line on stderr, exit code 2
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
+
 
 def write(path, content):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -395,6 +462,7 @@ def write(path, content):
     finally:
         temporary.unlink(missing_ok=True)
 
+
 def write_csv(path, rows):
     text = io.StringIO()
     table = csv.DictWriter(text, rows[0], lineterminator="\n")
@@ -402,10 +470,12 @@ def write_csv(path, rows):
     table.writerows(rows)
     write(path, text.getvalue().encode(errors="replace"))
 
+
 def save(path, settings, **content):
     buffer = io.BytesIO()
     torch.save({"settings": {**settings, "file": path.name}, **content}, buffer)
     write(path, buffer.getvalue())
+
 
 def load(path, settings):
     """What save() wrote, and `mark`, its checksum; exits if it is damaged or of other settings."""
@@ -422,14 +492,25 @@ def load(path, settings):
             fail(f"{path}: {name} was {made_with.get(name)}, not {value}: --restart or other --out")
     return {**loaded, "mark": hashlib.sha256(content).hexdigest()[:12]}
 
+
 def moved(content, device, learn=False):
     """A copy with all tensors on the device, where they get gradients if they are to learn."""
-    return {name: part.detach().to(device, copy=True).requires_grad_(learn)
-            if torch.is_tensor(part) else part for name, part in content.items()}
+    return {
+        name: part.detach().to(device, copy=True).requires_grad_(learn)
+        if torch.is_tensor(part)
+        else part
+        for name, part in content.items()
+    }
+
 
 # ---- Flags, and how chapters follow each other ---------------------------------------------------
-CHAPTERS = ["01_dynamic_net.py", "02_teacher_trades.py", "03_progressive_rslad.py",
-            "04_predictor.py", "05_nsga2.py"]
+CHAPTERS = [
+    "01_dynamic_net.py",
+    "02_teacher_trades.py",
+    "03_progressive_rslad.py",
+    "04_predictor.py",
+    "05_nsga2.py",
+]
 PRESETS = ["paper", "quick", "tiny"]
 COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
@@ -440,6 +521,7 @@ COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "device": {"help": "cpu, cuda or cuda:N; default: cuda if there is one"},
 }
 
+
 def read_flags(**others):
     """COMMON's flags, others, and FLAGS, by default the preset's; adds `given`, to pass on, and
     `common` and `settings`, which files are made with."""
@@ -447,14 +529,20 @@ def read_flags(**others):
     for flag, (*values, least, most, text) in FLAGS.items():
         text += f"; {least} to {most}; presets {values}"
         others[flag] = {"type": type(values[0]), "help": text}
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.error = fail
     for flag, options in {**COMMON, **others}.items():
         parser.add_argument("--" + flag.replace("_", "-"), **options)
     args = parser.parse_args()
-    args.given = [f"--{flag}={value}" for flag, value in vars(args).items()
-                  if flag in COMMON and value != parser.get_default(flag)]
+    args.given = [
+        f"--{flag}={value}"
+        for flag, value in vars(args).items()
+        if flag in COMMON and value != parser.get_default(flag)
+    ]
     preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
     for flag, (*values, least, most, text) in FLAGS.items():
         if getattr(args, flag) is None:
@@ -466,6 +554,7 @@ def read_flags(**others):
     args.common = {"dataset": name, "net": args.net, "preset": preset, "seed": args.seed}
     args.out = args.out or Path("runs", f"{name}-{args.net}")
     return args
+
 
 def pick_device(args):
     """(the device, autocast to bf16 where a GPU has it, words for both); exits if it is none."""
@@ -479,6 +568,7 @@ def pick_device(args):
     precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     return device, precision, f"{device} in {'bf16' if bf16 else 'float32'}"
 
+
 def run_missing(args, *files):
     """Run each earlier chapter whose file is missing; if stopped, it stops the one that runs."""
     for name, script in zip(files, CHAPTERS):
@@ -489,12 +579,14 @@ def run_missing(args, *files):
             if subprocess.run(command).returncode:
                 raise SystemExit(2)  # it has said why
 
+
 def finish(args, rows, wrote, following=""):
     for line in [rows[0], *(row.values() for row in rows)] if rows else []:
         print(*(f"{format(cell, '.4g') if isinstance(cell, float) else cell:>17}" for cell in line))
     print("wrote", *wrote)
     if following:
         print("next: python", following, shlex.join(args.given))
+
 
 def run_chapter():
     """main(); being stopped, or a file that cannot be read or written, ends it with one line."""
@@ -508,6 +600,7 @@ def run_chapter():
     except OSError as error:
         sys.stdout = None  # it may be what failed, as with `| head`
         fail(f"{error.filename or 'the output'} could not be read or written: {error.strerror}")
+
 
 if __name__ == "__main__":
     run_chapter()

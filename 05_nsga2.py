@@ -16,8 +16,21 @@ writes  05_population.csv, 05_front.csv     first and last generation, and its f
         table1.csv, student.pt2     what was chosen, on the test images, and exported, by chapter 2
         05_cost.csv, *.svg          hours for 1 to 50 devices; figures of all tables (--figures)
 """
-import argparse, csv, hashlib, html, io, math, os, random, shlex, signal, subprocess, sys
-import time, zipfile
+
+import argparse
+import csv
+import hashlib
+import html
+import io
+import math
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +45,14 @@ FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
 }
 # fmt: on
 
+
 # ---- The lesson: NSGA-II -------------------------------------------------------------------------
 def main():
     args = read_flags(
         sampling={"choices": ["progressive", "random"], "default": "progressive"},
         max_macs={"nargs": "+", "type": float, "help": "budgets in millions of MACs"},
-        figures={"action": "store_true", "help": "draw the figures of what there is"})
+        figures={"action": "store_true", "help": "draw the figures of what there is"},
+    )
     if args.figures:
         return finish(args, [], figures(args))
     end = "_random" if args.sampling == "random" else ""
@@ -64,15 +79,18 @@ def main():
         raise SystemExit(2)  # it has said why
     finish(args, [], figures(args))
 
+
 def search(args, net, predictor, budgets, end):
     """Search a student for each budget, in millions of MACs, and write the tables."""
     print(f"{args.generations} generations of {args.population}, on the CPU in float32")
     tables, chosen = {"population": [], "front": [], "best": []}, {}
     for budget in budgets:
+
         def evaluate(students):
             macs = np.array([cost(net, student)[1] / 1e6 for student in students])
             objectives = predict_accuracy(predictor, net, students).double().numpy()
             return objectives, (macs - budget).clip(0)
+
         begun, rows = time.monotonic(), []
         found = nsga2(net, evaluate, args.population, args.generations, args.mutation, args.seed)
         for name, (students, objectives, violation) in zip(("first", "last"), found):
@@ -80,7 +98,7 @@ def search(args, net, predictor, budgets, end):
                 row = {"max_macs": budget, "generation": name, **dict(zip(net["genes"], student))}
                 row |= zip(("params", "macs"), cost(net, student))
                 rows.append(row | {"predicted_natural": natural, "predicted_robust": robust})
-        last = rows[-len(students):]  # students, objectives and violation: of the last generation
+        last = rows[-len(students) :]  # students, objectives and violation: of the last generation
         front = np.flatnonzero(non_dominated_sort(dominance(objectives, violation)) == 0)
         front = front[objectives[front, 0].argsort()]
         pick = front[objectives[front].sum(1).argmax()]
@@ -96,10 +114,12 @@ def search(args, net, predictor, budgets, end):
     finish(args, shown, [args.out / f"05_{name}{end}.csv" for name in tables])
     return chosen
 
+
 def nsga2(net, evaluate, population, generations, mutation, seed):
     """Evolve students towards large objectives; evaluate(students) gives them, (N, M), and by how
     much the budget is violated, (N,). Returns the first and the last generation, best first."""
     rng = random.Random(seed)
+
     def fill(students, draw):  # up to `population` more, all different
         students = dict.fromkeys(students)
         known = len(students)
@@ -107,9 +127,11 @@ def nsga2(net, evaluate, population, generations, mutation, seed):
             if len(students) < known + population:
                 students[draw()] = None
         return list(students)[known:]
+
     def child():  # parents are sorted, best first: of two random places the lower one wins
         mother, father = (parents[min(rng.choices(range(len(parents)), k=2))] for _ in range(2))
         return breed(net, mother, father, mutation, rng)
+
     smallest = student_at(net, 0)  # one that always fits
     students = [smallest, *fill([smallest], lambda: sample(net, rng))]
     first = generation = survivors(students, *evaluate(students), population)
@@ -121,6 +143,7 @@ def nsga2(net, evaluate, population, generations, mutation, seed):
             generation = survivors(parents + children, *both, population)
     return first, generation
 
+
 def survivors(students, objectives, violation, population):
     """The best first: by rank, within a rank the less crowded before the others."""
     rank = non_dominated_sort(dominance(objectives, violation))
@@ -130,6 +153,7 @@ def survivors(students, objectives, violation, population):
     best = np.lexsort((-distance, rank))[:population]  # the last key, rank, counts first
     return [students[i] for i in best], objectives[best], violation[best]
 
+
 def dominance(objectives, violation):
     """Matrix (N, N): does i dominate j? Deb's rule: the smaller violation wins; at equal ones, who
     is as good in all objectives (N, M), which are maximised, and better in one."""
@@ -137,6 +161,7 @@ def dominance(objectives, violation):
     better = (objectives[:, None] > objectives).any(2)
     tie, less = violation[:, None] == violation, violation[:, None] < violation
     return np.where(tie, as_good & better, less)
+
 
 def non_dominated_sort(dominates):
     """Rank (N,) of each: 0 if none dominates it, 1 if only those of rank 0 do, ... (Deb, III A)."""
@@ -147,6 +172,7 @@ def non_dominated_sort(dominates):
         rank[front] = rank.max() + 1
         count = count - dominates[front].sum(0)
     return rank
+
 
 def crowding_distance(objectives):
     """Room around each of one front (N, M): its neighbours' gap over the range, summed (III B)."""
@@ -159,6 +185,7 @@ def crowding_distance(objectives):
             distance[order[1:-1]] += (values[order[2:]] - values[order[:-2]]) / spread
     return distance
 
+
 def breed(net, mother, father, mutation, rng):
     """A child: each gene from either parent (uniform crossover), drawn anew with probability
     `mutation`, and where it was off in that parent but is on in the child."""
@@ -168,6 +195,7 @@ def breed(net, mother, father, mutation, rng):
         anew = rng.random() < mutation or gene not in choices  # 0, where it was off
         child.append(rng.choice(choices) if anew else gene)
     return canonical(net, child)
+
 
 def cost(net, student):
     """(parameters, MACs of one 3x32x32 image) of a student; its classifier is a 1x1 layer here."""
@@ -207,6 +235,7 @@ def cost(net, student):
     params = sum(inp * out * kernel**2 + more * out for inp, out, kernel, _, more in layers)
     return params, sum(inp * out * (kernel * side) ** 2 for inp, out, kernel, side, _ in layers)
 
+
 # ---- The figures, from the tables that chapters 2 to 5 have written ------------------------------
 COLOURS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a8a8a", "#b8860b"  # for the colour-blind
 STYLE = """text{fill:#1f2328;font:13px sans-serif} path{stroke:#d1d9e0}
@@ -214,17 +243,22 @@ polyline{fill:none;stroke-width:2} .page{fill:#fff}
 @media(prefers-color-scheme:dark){text{fill:#f0f6fc} path{stroke:#3d444d} .page{fill:#0d1117}}"""
 NATURAL, ROBUST = "natural accuracy in %", "robust accuracy in %"
 
+
 def plot(path, *panels):
     """Write panels, (title, x label, y label, {name: (style, xs, ys)}), side by side as an SVG, for
     light and dark pages. Styles are line, dots and rings. Nothing is drawn without values."""
-    panels = [(*labels, {name: drawn for name, drawn in series.items() if drawn[1]})
-              for *labels, series in panels]
+    panels = [
+        (*labels, {name: drawn for name, drawn in series.items() if drawn[1]})
+        for *labels, series in panels
+    ]
     if not panels or not all(series for *_, series in panels):
         return []
     parts = ['<rect class="page" width="100%" height="100%"/>']
+
     def text(x, y, words, anchor="middle", more=""):
         words = html.escape(words)
         parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{words}</text>')
+
     for number, (title, x_label, y_label, series) in enumerate(panels):
         left, ends = 70 + 420 * number, []  # a panel is 320 x 280 pixels
         for axis in (1, 2):
@@ -248,8 +282,10 @@ def plot(path, *panels):
         (x0, x1), (y0, y1) = ends
         for i, (name, (style, xs, ys)) in enumerate(series.items()):
             colour, legend = COLOURS[i], 392 + 18 * i
-            points = [(left + 320 * (x - x0) / (x1 - x0), 330 - 280 * (y - y0) / (y1 - y0))
-                      for x, y in zip(xs, ys)]
+            points = [
+                (left + 320 * (x - x0) / (x1 - x0), 330 - 280 * (y - y0) / (y1 - y0))
+                for x, y in zip(xs, ys)
+            ]
             if style == "line":
                 for line in (points, [(left - 4, legend), (left + 12, legend)]):
                     places = " ".join(f"{x:.1f},{y:.1f}" for x, y in line)
@@ -258,13 +294,16 @@ def plot(path, *panels):
                 look = f'r="3" fill="{colour}"'
                 if style == "rings":
                     look = f'r="6" fill="none" stroke-width="2" stroke="{colour}"'
-                parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" {look}/>'
-                          for x, y in [*points, (left + 4, legend)]]
+                parts += [
+                    f'<circle cx="{x:.1f}" cy="{y:.1f}" {look}/>'
+                    for x, y in [*points, (left + 4, legend)]
+                ]
             text(left + 20, legend + 4, name, "start")
     size = f"0 0 {420 * len(panels) + 20} {400 + 18 * max(len(s) for *_, s in panels)}"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}"><style>{STYLE}</style>'
     write(path, "\n".join([head, *parts, "</svg>\n"]).encode(errors="replace"))
     return [path]
+
 
 def table(args, name, **wanted):
     """The rows of a table in the folder whose columns are as wanted; none if there is no table."""
@@ -272,30 +311,43 @@ def table(args, name, **wanted):
     text = io.StringIO(path.read_text("utf-8") if path.exists() else "")
     return [row for row in csv.DictReader(text) if wanted.items() <= row.items()]
 
+
 def points(rows, x, y, style="line"):
     """(style, xs, ys) for plot(), accuracies in %, of the rows that hold two numbers below 1e9."""
+
     def value(row, name):
         share = name.startswith(("natural", "robust", "predicted", "pgd")) and "kl" not in name
         try:
             return float(row[name]) * (100 if share else 1)
         except (KeyError, TypeError, ValueError):
             return math.nan
+
     pairs = [(value(row, x), value(row, y)) for row in rows]
     pairs = [pair for pair in pairs if abs(pair[0]) < 1e9 and abs(pair[1]) < 1e9]
     return style, [x for x, _ in pairs], [y for _, y in pairs]
 
+
 def figures(args):
     """Draw every figure whose tables are in the folder, and write the table of costs; the files."""
     files, title, accuracy = [], args.out.name, {"natural": NATURAL, "robust": ROBUST}
+
     def draw(name, *panels):
         files.extend(plot(args.out / f"{name}.svg", *panels))
+
     for path in sorted(args.out.glob("0[23]_*_log.csv")):  # training curves
         rows = table(args, path.stem) or [{}]
         losses = [name for name in rows[0] if "loss" in name or "entropy" in name or "kl" in name]
         others = [name for name in rows[0] if name not in ("epoch", "lr", "seconds", *losses)]
-        draw(path.stem, *((path.stem, "epoch", label, {
-            name: points(rows, "epoch", name) for name in names}) for names, label in (
-                (losses, "loss in nats"), (others, "accuracy on held-out images in %"))))
+        draw(
+            path.stem,
+            *(
+                (path.stem, "epoch", label, {name: points(rows, "epoch", name) for name in names})
+                for names, label in (
+                    (losses, "loss in nats"),
+                    (others, "accuracy on held-out images in %"),
+                )
+            ),
+        )
     clouds, lines = {}, {}  # figures 2 and 7, many students; figure 6, three that differ in width
     for sampling, end in {"progressive": "", "random": "_random"}.items():
         clouds[sampling] = points(table(args, f"04_students{end}"), "natural", "robust", "dots")
@@ -304,9 +356,21 @@ def figures(args):
         narrow = [row for row in table(args, f"04_widths{end}") if row not in teacher]
         lines |= {f"{sampling}, {kind}": points(narrow, "student", kind) for kind in accuracy}
         rows = table(args, f"04_predictions{end}")  # figure 9
-        draw(f"04_predictions{end}", *((sampling, f"measured {label}", "predicted", {
-            "students": points(rows, kind, f"predicted_{kind}", "dots"),
-            "as measured": points(rows, kind, kind)}) for kind, label in accuracy.items()))
+        draw(
+            f"04_predictions{end}",
+            *(
+                (
+                    sampling,
+                    f"measured {label}",
+                    "predicted",
+                    {
+                        "students": points(rows, kind, f"predicted_{kind}", "dots"),
+                        "as measured": points(rows, kind, kind),
+                    },
+                )
+                for kind, label in accuracy.items()
+            ),
+        )
         panels, axes = [], ("predicted_natural", "predicted_robust")  # figure 10
         for best in table(args, f"05_best{end}"):
             budget, series = {"max_macs": best.get("max_macs")}, {}
@@ -329,28 +393,38 @@ def figures(args):
     draw("05_cost", (title, "devices", "hours", lines))
     return files
 
+
 def costs(args):
     """Figure 8: hours for 1 to 50 devices: RSLAD for each, or one dynamic network, the measured
     students, and a search for each; both need the same teacher first."""
+
     def seconds(name):
         return points(table(args, name), "seconds", "seconds")[1]
+
     alone = [sum(seconds(f"{path.stem}_log")) for path in args.out.glob("03_fixed_*.pt")]
     if not alone or not seconds("05_best"):
         return []
     each, search = sum(alone) / len(alone), max(seconds("05_best"))
     once = sum(seconds("03_progressive_log") + seconds("04_students"))
-    rows = [{"devices": n, "retraining": n * each / 3600, "ProARD": (once + n * search) / 3600}
-            for n in range(1, 51)]
+    rows = [
+        {"devices": n, "retraining": n * each / 3600, "ProARD": (once + n * search) / 3600}
+        for n in range(1, 51)
+    ]
     write_csv(args.out / "05_cost.csv", rows)
     print(f"50 devices: {50 * each / (once + 50 * search):.3g} times cheaper to train (paper: 60)")
     return rows
 
+
 # ---- The predictor -------------------------------------------------------------------------------
 def one_hot(net, students):
     """Features (N, sum of choices): for each gene a 1 at its choice; none where it is off."""
-    columns = [[float(student[i] == choice) for student in students]
-               for i, choices in enumerate(net["genes"].values()) for choice in choices]
+    columns = [
+        [float(student[i] == choice) for student in students]
+        for i, choices in enumerate(net["genes"].values())
+        for choice in choices
+    ]
     return torch.tensor(columns).T
+
 
 def mlp(layers, x):
     """A fully-connected network with ReLU: features x (N, sum of choices) -> (N, 2)."""
@@ -359,10 +433,12 @@ def mlp(layers, x):
     matrix, bias = layers[-1]
     return x @ matrix + bias
 
+
 def predict_accuracy(predictor, net, students):
     """Predicted (natural, robust) accuracy of students, (N, 2), each a share of 1."""
     answers = mlp(predictor["layers"], one_hot(net, students))
     return answers * predictor["scale"] + predictor["mean"]
+
 
 # ---- The genotype --------------------------------------------------------------------------------
 def divisible(channels):
@@ -370,26 +446,36 @@ def divisible(channels):
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
+
 def canonical(net, student):
     """The one genotype of a student: genes of blocks that its depths switch off are 0."""
     chosen = dict(zip(net["genes"], student))
     off = [gene for gene, (depth, least) in net["switches"].items() if chosen[depth] < least]
     return tuple((chosen | dict.fromkeys(off, 0)).values())
 
+
 def student_at(net, place):
     """The student that takes this choice of every gene: -1 the largest, 0 the smallest."""
     return canonical(net, [choices[place] for choices in net["genes"].values()])
 
+
 def sample(net, rng, varies="", base=()):
     """A student: genes of kinds in varies ("": all, (): none) at random, the others of `base`."""
     genes = zip(net["genes"].items(), base or student_at(net, -1))
-    return canonical(net, [rng.choice(choices) if gene.startswith(varies) else kept
-                           for (gene, choices), kept in genes])
+    return canonical(
+        net,
+        [
+            rng.choice(choices) if gene.startswith(varies) else kept
+            for (gene, choices), kept in genes
+        ],
+    )
+
 
 # ---- Files: the only thing that chapters share; each is written whole or not at all --------------
 def fail(message):  # one line on stderr, exit code 2
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
+
 
 def write(path, content):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -399,6 +485,7 @@ def write(path, content):
     finally:
         temporary.unlink(missing_ok=True)
 
+
 def write_csv(path, rows):
     text = io.StringIO()
     table = csv.DictWriter(text, rows[0], lineterminator="\n")
@@ -406,10 +493,12 @@ def write_csv(path, rows):
     table.writerows(rows)
     write(path, text.getvalue().encode(errors="replace"))
 
+
 def save(path, settings, **content):
     buffer = io.BytesIO()
     torch.save({"settings": {**settings, "file": path.name}, **content}, buffer)
     write(path, buffer.getvalue())
+
 
 def load(path, settings):
     """What save() wrote, and `mark`, its checksum; exits if it is damaged or of other settings."""
@@ -426,9 +515,15 @@ def load(path, settings):
             fail(f"{path}: {name} was {made_with.get(name)}, not {value}: --restart or other --out")
     return {**loaded, "mark": hashlib.sha256(content).hexdigest()[:12]}
 
+
 # ---- Flags, and how chapters follow each other ---------------------------------------------------
-CHAPTERS = ["01_dynamic_net.py", "02_teacher_trades.py", "03_progressive_rslad.py",
-            "04_predictor.py", "05_nsga2.py"]
+CHAPTERS = [
+    "01_dynamic_net.py",
+    "02_teacher_trades.py",
+    "03_progressive_rslad.py",
+    "04_predictor.py",
+    "05_nsga2.py",
+]
 PRESETS = ["paper", "quick", "tiny"]
 COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
@@ -439,6 +534,7 @@ COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "device": {"help": "cpu, cuda or cuda:N; default: cuda if there is one"},
 }
 
+
 def read_flags(**others):
     """COMMON's flags, others, and FLAGS, by default the preset's; adds `given`, to pass on, and
     `common` and `settings`, which files are made with."""
@@ -446,14 +542,20 @@ def read_flags(**others):
     for flag, (*values, least, most, text) in FLAGS.items():
         text += f"; {least} to {most}; presets {values}"
         others[flag] = {"type": type(values[0]), "help": text}
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.error = fail
     for flag, options in {**COMMON, **others}.items():
         parser.add_argument("--" + flag.replace("_", "-"), **options)
     args = parser.parse_args()
-    args.given = [f"--{flag}={value}" for flag, value in vars(args).items()
-                  if flag in COMMON and value != parser.get_default(flag)]
+    args.given = [
+        f"--{flag}={value}"
+        for flag, value in vars(args).items()
+        if flag in COMMON and value != parser.get_default(flag)
+    ]
     preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
     for flag, (*values, least, most, text) in FLAGS.items():
         if getattr(args, flag) is None:
@@ -466,6 +568,7 @@ def read_flags(**others):
     args.out = args.out or Path("runs", f"{name}-{args.net}")
     return args
 
+
 def run_missing(args, *files):
     """Run each earlier chapter whose file is missing; if stopped, it stops the one that runs."""
     for name, script in zip(files, CHAPTERS):
@@ -476,12 +579,14 @@ def run_missing(args, *files):
             if subprocess.run(command).returncode:
                 raise SystemExit(2)  # it has said why
 
+
 def finish(args, rows, wrote, following=""):
     for line in [rows[0], *(row.values() for row in rows)] if rows else []:
         print(*(f"{format(cell, '.4g') if isinstance(cell, float) else cell:>17}" for cell in line))
     print("wrote", *wrote)
     if following:
         print("next: python", following, shlex.join(args.given))
+
 
 def run_chapter():
     """main(); being stopped, or a file that cannot be read or written, ends it with one line."""
@@ -495,6 +600,7 @@ def run_chapter():
     except OSError as error:
         sys.stdout = None  # it may be what failed, as with `| head`
         fail(f"{error.filename or 'the output'} could not be read or written: {error.strerror}")
+
 
 if __name__ == "__main__":
     run_chapter()

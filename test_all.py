@@ -8,6 +8,7 @@ The chain runs first, as a user runs it, on toy, with both networks; what it has
 last. Beside it the method is held against oracles: textbook losses, closed forms, brute force,
 counts of the authors' networks. Then what goes wrong: stops, damaged files, bad flags.
 """
+
 import ast
 import contextlib
 import csv
@@ -51,8 +52,20 @@ QUICK = {  # every chapter in seconds, on the folder of three classes
     1: [],
     2: [*TRAIN, 3],
     3: [*TRAIN, 2],
-    4: ["--students", 12, "--test-students", 4, "--images", 18, "--steps", 4,
-        "--calibration-images", 60, "--eps", 6],
+    4: [
+        "--students",
+        12,
+        "--test-students",
+        4,
+        "--images",
+        18,
+        "--steps",
+        4,
+        "--calibration-images",
+        60,
+        "--eps",
+        6,
+    ],
     5: ["--population", 10, "--generations", 3],
 }
 
@@ -126,14 +139,19 @@ def chains(request, tmp_path_factory):
     root, printed = tmp_path_factory.mktemp("chain"), {}
     os.symlink(HERE / "05_nsga2.py", root / "chapter.py")
     words = [sys.executable, "chapter.py", "--dataset=toy", f"--seed={SEED}", "--net"]
-    processes = {net: subprocess.Popen([*words, net], cwd=root, stdout=subprocess.PIPE, text=True,
-                                       stderr=subprocess.STDOUT) for net in ("resnet50", "mbv3")}
+    processes = {
+        net: subprocess.Popen(
+            [*words, net], cwd=root, stdout=subprocess.PIPE, text=True, stderr=subprocess.STDOUT
+        )
+        for net in ("resnet50", "mbv3")
+    }
 
     def wait(net):
         if net not in printed:
             printed[net] = processes[net].communicate()[0]
         assert processes[net].returncode == 0, printed[net]
         return root / f"runs/toy-{net}", printed[net]
+
     yield wait
     for process in processes.values():
         process.kill()
@@ -232,6 +250,7 @@ def textbook(net, shared, student):
                 x = (x + conv(f"{i}_{j}_last", y, out)).relu()
         x = x.mean((2, 3))
         return x @ shared["classifier"][:, : x.shape[1], 0, 0].T + shared["classifier_bias"]
+
     return logits
 
 
@@ -258,9 +277,13 @@ def torchvisions(net, shared, student):
     theirs = nn.Sequential(
         Conv2dNormActivation(3, 16, 3, net["stem_stride"], **swish),
         *(InvertedResidual(InvertedResidualConfig(*kind, 1, 1), norm) for kind in kinds),
-        Conv2dNormActivation(x, head, 1, **swish), nn.AdaptiveAvgPool2d(1),
-        nn.Conv2d(head, features, 1, bias=False), nn.Hardswish(),
-        nn.Conv2d(features, net["classes"], 1), nn.Flatten()).to(shared["stem"])
+        Conv2dNormActivation(x, head, 1, **swish),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Conv2d(head, features, 1, bias=False),
+        nn.Hardswish(),
+        nn.Conv2d(features, net["classes"], 1),
+        nn.Flatten(),
+    ).to(shared["stem"])
     network(torch.rand(2, 3, 32, 32).to(shared["stem"]))  # takes the slices
     for copy, part in zip(theirs.parameters(), network.slices.values(), strict=True):
         copy.data = part.detach().clone()
@@ -280,9 +303,10 @@ def test_gradients_add_up_over_students_and_are_zero_outside_the_slice(net):
     small, other = (c3.Network(net, shared, student) for student in students_of(net, 1)[1:])
     torch.no_grad()(small)(x)  # even if its slices were first taken without gradients
     losses = [network(x).square().sum() for network in (small, other)]
-    one, two, sums = (torch.autograd.grad(
-        loss, [*shared.values()], None, True, materialize_grads=True) for loss in (
-            *losses, sum(losses)))
+    one, two, sums = (
+        torch.autograd.grad(loss, [*shared.values()], None, True, materialize_grads=True)
+        for loss in (*losses, sum(losses))
+    )
     for (name, weight), a, b, both_of_them in zip(shared.items(), one, two, sums):
         assert torch.allclose(both_of_them, a + b)
         if weight.dim() == 4 and name in small.slices:
@@ -335,6 +359,7 @@ def test_robust_accuracy_counts_images_right_before_and_after_the_attack():
     def network(x):
         asked.append(x.detach())
         return x.flatten(1) @ matrix
+
     natural, robust = c4.judge(network, images, labels, 2 / 255, 0.5 / 255, 20, 7)
     assert {*map(len, asked[6:])} == {7} and len(asked) == 6 + -(-natural.sum() // 7) * 21
     assert torch.equal(natural, network(images / 255).argmax(1) == labels)
@@ -368,8 +393,13 @@ def test_calibration_images_are_training_images_augmented_once_for_all(finished)
 
 def crops_of(image, ours):
     """(row, column, flip) of each crop of a padded image that is ours."""
-    return [(y, x, flip) for y in range(9) for x in range(9) for flip in (0, 1) if torch.equal(
-        image[:, y : y + 32, x : x + 32].flip([2] * flip), ours)]
+    return [
+        (y, x, flip)
+        for y in range(9)
+        for x in range(9)
+        for flip in (0, 1)
+        if torch.equal(image[:, y : y + 32, x : x + 32].flip([2] * flip), ours)
+    ]
 
 
 def test_augmentation_is_a_crop_and_a_flip_of_each_image_its_own():
@@ -417,9 +447,14 @@ def recorded(root, number, *words):
     def step(optimizer):
         group = optimizer.param_groups[0]
         grad = [None if w.grad is None else w.grad.clone() for w in group["params"]]
-        record(grad=grad, momentum=len(optimizer.state), lr=group["lr"],
-               decay=(group["momentum"], group["weight_decay"]))
+        record(
+            grad=grad,
+            momentum=len(optimizer.state),
+            lr=group["lr"],
+            decay=(group["momentum"], group["weight_decay"]),
+        )
         return real_step(optimizer)
+
     with pytest.MonkeyPatch.context() as patch:
         for new in (Network, pgd, augment, kl):
             patch.setattr(module, new.__name__, new)
@@ -472,8 +507,10 @@ def test_an_iteration_is_the_textbooks(folder, number):
         assert all(torch.equal(w, best[key]) for key, w in steps[5]["shared"].items())
 
 
-@pytest.mark.parametrize("sampling, start", [
-    ("progressive", "02_teacher"), ("random", "02_teacher"), ("random", "01_dynamic_net")])
+@pytest.mark.parametrize(
+    "sampling, start",
+    [("progressive", "02_teacher"), ("random", "02_teacher"), ("random", "01_dynamic_net")],
+)
 def test_the_start_and_what_varies_and_the_learning_rate_in_each_step(folder, sampling, start):
     """Figure 4 from a real run: 3 steps x 2 epochs x 5 iterations."""
     words = ["--start", "random"] if start == "01_dynamic_net" else []
@@ -487,8 +524,13 @@ def test_the_start_and_what_varies_and_the_learning_rate_in_each_step(folder, sa
     assert len(steps) == 30 and len({step["student"] for step in steps[-10:]}) > 5  # each its own
     for part in (steps[:10], steps[10:20], steps[20:]):
         pairs = [pair for step in part for pair in zip(net["genes"].items(), step["student"])]
-        varied.append({gene.split("_")[0] for (gene, choices), value in pairs
-                       if value != choices[-1] and (value or gene.startswith("depth"))})
+        varied.append(
+            {
+                gene.split("_")[0]
+                for (gene, choices), value in pairs
+                if value != choices[-1] and (value or gene.startswith("depth"))
+            }
+        )
     assert varied == expected[sampling]
     for i, step in enumerate(steps):  # warm-up and cosine, in each step anew
         share = (i % 10 + 1) / 10
@@ -562,8 +604,11 @@ def test_sorting_and_crowding_agree_with_brute_force():
         violation = rng.choice([0.0, 0.0, 1.0, 2.0], 40)
         rank, left, level = c5.non_dominated_sort(c5.dominance(points, violation)), {*range(40)}, 0
         while left:
-            front = {i for i in left if not any(
-                beats(points[j], points[i], violation[j], violation[i]) for j in left)}
+            front = {
+                i
+                for i in left
+                if not any(beats(points[j], points[i], violation[j], violation[i]) for j in left)
+            }
             assert {i for i in left if rank[i] == level} == front
             left, level = left - front, level + 1
     points = np.array([[0.0, 10.0], [1.0, 6.0], [4.0, 5.0], [10.0, 0.0], [0.0, 0.0]])
@@ -591,9 +636,11 @@ def test_nsga2_reaches_the_true_front_and_keeps_the_budget(monkeypatch):
 
     def front(students, *scores):
         return {students[i] for i in np.flatnonzero(~c5.dominance(*scores).any(0))}
+
     mothers, breed = [], c5.breed
-    monkeypatch.setattr(c5, "breed", lambda net, mother, *rest: mothers.append(mother) or breed(
-        net, mother, *rest))
+    monkeypatch.setattr(
+        c5, "breed", lambda net, mother, *rest: mothers.append(mother) or breed(net, mother, *rest)
+    )
     first, last = c5.nsga2(net, evaluate, 60, 150, 0.1, SEED)
     assert front(*last) == front(everyone, *evaluate(everyone)) and len({*last[0]}) == 60
     assert np.mean([first[0].index(mother) for mother in mothers[:60]]) < 25  # the better of two
@@ -606,7 +653,8 @@ def test_baselines_make_table_1_and_the_costs(folder):
     least = run(folder, 5, "--max-macs", 0.1, code=2).split()[6]  # where budgets begin, it says
     run(folder, 5, "--max-macs", least, 2.3, 2.3000001, "--restart")
     assert {path.name for path in out.glob("student*")} == {
-        f"student_{budget}M.pt2" for budget in (least, 2.3, 2.3000001)}
+        f"student_{budget}M.pt2" for budget in (least, 2.3, 2.3000001)
+    }
     assert {row["eps"] for row in rows_of(out / "table1.csv")} == {"6.0"}  # the predictor's
     run(folder, 2, "--epochs", 1, "--student", "usual")
     run(folder, 3, *fixed, "usual")
@@ -615,9 +663,12 @@ def test_baselines_make_table_1_and_the_costs(folder):
     run(folder, 2, "--judge", "--eps", 4)
     rows = {row["file"]: row for row in rows_of(out / "table1.csv")}
     net, search = (read(out / f"{name}.pt") for name in ("01_dynamic_net", "05_search"))
-    students = {"02_teacher": c1.student_at(net, -1), "02_usual": c1.usual(net),
-                "03_fixed_best_2.3M_by_a, b": search["students"]["best_2.3M"],
-                "03_fixed_usual_by_teacher": c1.usual(net)}
+    students = {
+        "02_teacher": c1.student_at(net, -1),
+        "02_usual": c1.usual(net),
+        "03_fixed_best_2.3M_by_a, b": search["students"]["best_2.3M"],
+        "03_fixed_usual_by_teacher": c1.usual(net),
+    }
     assert [*rows] == [*students, "03_progressive"]
     for file, student in students.items():
         assert (int(rows[file]["params"]), int(rows[file]["macs"])) == c5.cost(net, student)
@@ -710,12 +761,25 @@ SPOIL = [
     garble,
     lambda path: torch.save({"settings": Code()}, path),
     lambda path: shutil.copy(path.with_name("01_students.csv"), path),  # foreign
-    lambda path: shutil.copy(path.with_name(  # another one of ours
-        "01_images.pt" if path.name != "01_images.pt" else "02_teacher.pt"), path),
+    lambda path: shutil.copy(
+        path.with_name(  # another one of ours
+            "01_images.pt" if path.name != "01_images.pt" else "02_teacher.pt"
+        ),
+        path,
+    ),
 ]
-READS = [(1, "01_dynamic_net.pt"), (2, "01_images.pt"), (2, "02_teacher.pt"), (3, "02_teacher.pt"),
-         (3, "03_progressive.pt"), (4, "04_students.pt"), (4, "03_progressive.pt"),
-         (5, "04_predictor.pt"), (5, "05_search.pt"), ("--judge", "05_search.pt")]
+READS = [
+    (1, "01_dynamic_net.pt"),
+    (2, "01_images.pt"),
+    (2, "02_teacher.pt"),
+    (3, "02_teacher.pt"),
+    (3, "03_progressive.pt"),
+    (4, "04_students.pt"),
+    (4, "03_progressive.pt"),
+    (5, "04_predictor.pt"),
+    (5, "05_search.pt"),
+    ("--judge", "05_search.pt"),
+]
 
 
 @pytest.mark.parametrize("number, file", READS)
@@ -736,30 +800,39 @@ def test_bad_files(folder, number, file):
     assert f"{file} could not be read or written: Is a directory" in run(folder, *words, code=2)
 
 
-@pytest.mark.parametrize("number, words, says", [
-    (1, ["--dataset", "nowhere", "--out", "new"], "not cifar10, cifar100, toy, or a folder"),
-    (2, ["--device", "meta"], "--device meta: "),
-    (2, ["--step-size", 0.0078], "in 1/255: for 0.0078 write 2"),
-    (3, ["--student", "usual"], "go together"),
-    (3, ["--sampling", "fixed", "--student", "b"], "choose --student from largest"),
-    (3, ["--teacher", "shades/train/dark/0.png", "--restart"], "--teacher shades"),
-    (3, ["--lr", 1e3, "--warmup", 0.001, "--restart"], "loss is not finite"),
-    (3, ["--epochs", 3], "epochs was 2, not 3: --restart"),
-    (4, ["--eps", 0.031], "in 1/255: for 0.031 (paper) write 7.9"),
-    (5, ["--mutation", 1.5], "mutation is 1.5, not 0 to 1"),
-    (5, ["--max-macs", 2e6], "--max-macs is in millions"),
-])
+@pytest.mark.parametrize(
+    "number, words, says",
+    [
+        (1, ["--dataset", "nowhere", "--out", "new"], "not cifar10, cifar100, toy, or a folder"),
+        (2, ["--device", "meta"], "--device meta: "),
+        (2, ["--step-size", 0.0078], "in 1/255: for 0.0078 write 2"),
+        (3, ["--student", "usual"], "go together"),
+        (3, ["--sampling", "fixed", "--student", "b"], "choose --student from largest"),
+        (3, ["--teacher", "shades/train/dark/0.png", "--restart"], "--teacher shades"),
+        (3, ["--lr", 1e3, "--warmup", 0.001, "--restart"], "loss is not finite"),
+        (3, ["--epochs", 3], "epochs was 2, not 3: --restart"),
+        (4, ["--eps", 0.031], "in 1/255: for 0.031 (paper) write 7.9"),
+        (5, ["--mutation", 1.5], "mutation is 1.5, not 0 to 1"),
+        (5, ["--max-macs", 2e6], "--max-macs is in millions"),
+    ],
+)
 def test_bad_flags(folder, number, words, says):
     path = folder / "run/01_dynamic_net.pt"
     kept = path.read_bytes()
     assert says in run(folder, number, *words, code=2) and kept == path.read_bytes()
 
 
-@pytest.mark.parametrize("spoil, says", [
-    (lambda root: (root / "train/dark/7.png").write_bytes(b""), "dark/7.png cannot be used"),
-    (lambda root: shutil.rmtree(root / "test/dark"), "train/ and test/ differ in ['dark']"),
-    (lambda root: [shutil.rmtree(path) for path in root.glob("train/[!b]*")], "['bright'] alone"),
-])
+@pytest.mark.parametrize(
+    "spoil, says",
+    [
+        (lambda root: (root / "train/dark/7.png").write_bytes(b""), "dark/7.png cannot be used"),
+        (lambda root: shutil.rmtree(root / "test/dark"), "train/ and test/ differ in ['dark']"),
+        (
+            lambda root: [shutil.rmtree(path) for path in root.glob("train/[!b]*")],
+            "['bright'] alone",
+        ),
+    ],
+)
 def test_bad_folders(folder, spoil, says):
     spoil(folder / "shades")
     assert says in run(folder, 1, "--out", "new", code=2)
@@ -789,8 +862,16 @@ def test_a_picture_is_read_as_viewers_show_it(tmp_path):
     Image.merge("RGBA", [black, black, black, clear]).save(tmp_path / "icon.png")
     palette.putpalette([0] * 768)
     palette.save(tmp_path / "palette.png", transparency=bytes(range(255, -1, -1)))
-    turned = [gray, gray[:, ::-1], gray[::-1, ::-1], gray[::-1], gray.T, np.rot90(gray),
-              gray[::-1, ::-1].T, np.rot90(gray, -1)]
+    turned = [
+        gray,
+        gray[:, ::-1],
+        gray[::-1, ::-1],
+        gray[::-1],
+        gray.T,
+        np.rot90(gray),
+        gray[::-1, ::-1].T,
+        np.rot90(gray, -1),
+    ]
     for tag, pixels in enumerate(turned, 1):  # of EXIF: how the camera was held
         exif = Image.Exif()
         exif[274] = tag
@@ -818,13 +899,34 @@ def test_chapters_share_only_equal_text():
 def test_the_chain_runs_and_each_stage_says_what_comes_next(chain):
     net, out, printed = chain
     assert {path.name for path in out.iterdir()} == {
-        "01_images.pt", "01_dynamic_net.pt", "01_students.csv", "02_teacher.pt", "02_teacher.pt2",
-        "02_teacher_log.csv", "02_teacher_log.svg", "03_progressive.pt", "03_progressive_log.csv",
-        "03_progressive_log.svg", "04_students.pt", "04_students.csv", "04_students.svg",
-        "04_predictions.csv", "04_predictions.svg", "04_report.csv", "04_widths.csv",
-        "04_widths.svg", "04_pictures.png", "04_predictor.pt", "05_population.csv",
-        "05_population.svg", "05_front.csv", "05_best.csv", "05_search.pt", "table1.csv",
-        "student.pt2"}
+        "01_images.pt",
+        "01_dynamic_net.pt",
+        "01_students.csv",
+        "02_teacher.pt",
+        "02_teacher.pt2",
+        "02_teacher_log.csv",
+        "02_teacher_log.svg",
+        "03_progressive.pt",
+        "03_progressive_log.csv",
+        "03_progressive_log.svg",
+        "04_students.pt",
+        "04_students.csv",
+        "04_students.svg",
+        "04_predictions.csv",
+        "04_predictions.svg",
+        "04_report.csv",
+        "04_widths.csv",
+        "04_widths.svg",
+        "04_pictures.png",
+        "04_predictor.pt",
+        "05_population.csv",
+        "05_population.svg",
+        "05_front.csv",
+        "05_best.csv",
+        "05_search.pt",
+        "table1.csv",
+        "student.pt2",
+    }
     for name in NAMES[1:]:
         assert f"next: python {name}.py" in printed
     assert "on cpu in float32" in printed and "minutes left" in printed
@@ -837,19 +939,25 @@ def test_the_chain_runs_and_each_stage_says_what_comes_next(chain):
 
 
 def test_students_are_robust(chain):
-    natural, robust = (np.array([float(row[key]) for row in rows_of(chain[1] / "04_students.csv")])
-                       for key in ("natural", "robust"))
+    natural, robust = (
+        np.array([float(row[key]) for row in rows_of(chain[1] / "04_students.csv")])
+        for key in ("natural", "robust")
+    )
     assert (robust <= natural).all()
     assert natural.mean() > 0.4 and robust.mean() > 0.25  # chance is 0.11
 
 
 def test_the_search_keeps_its_budget_and_table_1_judges_for_real(chain):
     _, out, _ = chain
-    net, data, search = (read(out / f"{name}.pt") for name in (
-        "01_dynamic_net", "01_images", "05_search"))
+    net, data, search = (
+        read(out / f"{name}.pt") for name in ("01_dynamic_net", "01_images", "05_search")
+    )
     (best,), (teacher, largest, chosen) = rows_of(out / "05_best.csv"), rows_of(out / "table1.csv")
     assert (teacher["file"], largest["file"], chosen["file"]) == (
-        "02_teacher", "03_progressive", "03_progressive")
+        "02_teacher",
+        "03_progressive",
+        "03_progressive",
+    )
     student = search["students"][best["student"]]
     assert [float(best[gene]) for gene in net["genes"]] == [*student]
     assert (int(chosen["params"]), int(chosen["macs"])) == c5.cost(net, student)
@@ -864,10 +972,12 @@ def test_the_search_keeps_its_budget_and_table_1_judges_for_real(chain):
 
 
 def test_the_exported_student_needs_none_of_this_code(chain, tmp_path):
-    code = ("import torch; names = {'names': ''}; data = torch.load('01_images.pt');"
-            "student = torch.export.load('student.pt2', extra_files=names).module();"
-            "right = student(data['test'] / 255).argmax(1) == data['test_labels'];"
-            "print(right.float().mean().item(), names['names'].split('\\n') == data['names'])")
+    code = (
+        "import torch; names = {'names': ''}; data = torch.load('01_images.pt');"
+        "student = torch.export.load('student.pt2', extra_files=names).module();"
+        "right = student(data['test'] / 255).argmax(1) == data['test_labels'];"
+        "print(right.float().mean().item(), names['names'].split('\\n') == data['names'])"
+    )
     for file in ("01_images.pt", "student.pt2"):
         shutil.copy(chain[1] / file, tmp_path)
     printed = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True)
@@ -890,6 +1000,7 @@ def judged(chains):
 def test_robust_accuracy_is_no_artefact(judged):
     def accuracy(eps, step_size, steps):
         return c4.judge(*judged, eps / 255, step_size / 255, steps)[1].float().mean().item()
+
     by_steps = [accuracy(8, 2, steps) for steps in (5, 10, 20, 40)]
     assert 0.2 < by_steps[2] <= accuracy(8, 8, 1) + 0.005  # FGSM
     assert all(more <= fewer + 0.005 for fewer, more in zip(by_steps, by_steps[1:]))

@@ -83,7 +83,10 @@ def main():
         return finish(args, [], [checkpoint, when], CHAPTERS[1])
     print(f"the images of {args.dataset}, and {args.net} on the CPU in float32")
     args.out.mkdir(parents=True, exist_ok=True)
-    save(args.out / "01_images.pt", args.common, **read_images(args))
+    images = read_images(args)
+    for old in (checkpoint, args.out / "01_images.pt"):
+        old.unlink(missing_ok=True)
+    save(args.out / "01_images.pt", args.common, [], **images)
     images = load(args.out / "01_images.pt", args.common)  # with its checksum, the mark
     counts = ", ".join(f"{len(images[part])} {part}" for part in ("train", "held_out", "test"))
     summary = f"{args.dataset}: {counts} images; logits in this order: {', '.join(images['names'])}"
@@ -125,7 +128,7 @@ expand: channels inside a block, as a multiple of those outside
     print(f"the smallest student's gradient reaches {share:.0%} of 1_1_last (stage_block_layer)\n")
     write_csv(args.out / "01_students.csv", rows)
     settings = args.common | {"data": images["mark"]}  # later chapters notice other images
-    save(checkpoint, settings, weights=shared, students=students, summary=summary, **net)
+    save(checkpoint, settings, [], weights=shared, students=students, summary=summary, **net)
     files = "01_images.pt", "01_students.csv", "01_dynamic_net.pt"
     finish(args, table, [args.out / name for name in files], CHAPTERS[1])
 
@@ -487,9 +490,8 @@ def augment(images):
 
 
 # ---- Files: the only thing that chapters share; each is written whole or not at all --------------
-def fail(message):  # one line on stderr, exit code 2
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def fail(message):  # run_chapter() prints it as one line on stderr; exit code 2
+    raise SystemExit(message)
 
 
 def write(path, content):
@@ -509,26 +511,45 @@ def write_csv(path, rows):
     write(path, text.getvalue().encode(errors="replace"))
 
 
-def save(path, settings, **content):
+def save(path, settings, sources, **content):
+    """Write what load() reads. It remembers its sources, which load() gave, by their checksums. A
+    file that another run has written, with other settings, is not overwritten."""
+    settings, made_from = {**settings, "file": path.name}, {}
+    if path.exists() and torch.load(path, weights_only=True, mmap=True)["settings"] != settings:
+        fail(f"{path} is another run's by now, with other settings: give each run its own --out")
+    for source in sources:
+        made_from |= source["made_from"] | {source["settings"]["file"]: source["mark"]}
     buffer = io.BytesIO()
-    torch.save({"settings": {**settings, "file": path.name}, **content}, buffer)
+    torch.save({"settings": settings, "made_from": made_from, **content}, buffer)
     write(path, buffer.getvalue())
 
 
 def load(path, settings):
-    """What save() wrote, and `mark`, its checksum; exits if it is damaged or of other settings."""
+    """What save() wrote, and `mark`, its checksum; exits if it is damaged, of other settings, or
+    stale: if a file that it was made from, or one that this was made from, is another by now."""
     content = path.read_bytes()
     try:
         if zipfile.ZipFile(io.BytesIO(content)).testzip():
             raise zipfile.BadZipFile
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        made_with = dict(loaded["settings"])
+        made_with, made_from = dict(loaded["settings"]), dict(loaded["made_from"])
     except Exception as error:  # of many kinds
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
     for name, value in {**settings, "file": path.name}.items():
         if made_with.get(name) != value:
             fail(f"{path}: {name} was {made_with.get(name)}, not {value}: --restart or other --out")
-    return {**loaded, "mark": hashlib.sha256(content).hexdigest()[:12]}
+    for name, mark in made_from.items():
+        source = path.with_name(name)
+        if source.exists() and checksum(source.read_bytes()) != mark:
+            chapter = CHAPTERS[int(path.name[:2]) - 1]
+            fail(
+                f"{path} is stale: {name} is another one by now: {chapter} --restart makes it anew"
+            )
+    return {**loaded, "mark": checksum(content)}
+
+
+def checksum(content):
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 # ---- Flags, and how chapters follow each other ---------------------------------------------------
@@ -597,13 +618,19 @@ def run_chapter():
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a child is ended, too
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal may lack letters
     try:
-        main()
+        return main()
     except KeyboardInterrupt:
-        print("stopped; the same command, without --restart, goes on from here", file=sys.stderr)
-        raise SystemExit(130)
+        line, code = "stopped; the same command, without --restart, goes on from here", 130
     except OSError as error:
         sys.stdout = None  # it may be what failed, as with `| head`
-        fail(f"{error.filename or 'the output'} could not be read or written: {error.strerror}")
+        line = f"{error.filename or 'the output'} could not be read or written: {error.strerror}"
+        line, code = f"{Path(sys.argv[0]).name}: {line}", 2
+    except SystemExit as stop:
+        if not isinstance(stop.code, str):  # of argparse, or of a chapter that ran before this one
+            raise
+        line, code = f"{Path(sys.argv[0]).name}: {stop.code}", 2
+    print(line, file=sys.stderr)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

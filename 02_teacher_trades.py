@@ -67,34 +67,33 @@ def main():
     data = load_images(args, net, device)
     if args.judge:
         return table1(args, net, data, device)
-    student = named_student(args, net) if args.student else student_at(net, -1)
-    name = args.student or "largest"
+    student, name = student_at(net, -1), args.student or "largest"
+    file, following = "02_teacher", CHAPTERS[2]
+    if args.student:
+        student = named_student(args, net)
+        file, following = f"02_{args.student}", f"{CHAPTERS[1]} --judge"
     settings = {**net["settings"], **args.settings, "genotype": student, "student": name}
-    file = f"02_{args.student or 'teacher'}"
-    following = f"{CHAPTERS[1]} --judge" if args.student else CHAPTERS[2]
     checkpoint, state, log = (args.out / f"{file}{end}" for end in (".pt", ".state", "_log.csv"))
-    for old in (checkpoint, state) if args.restart else ():
-        old.unlink(missing_ok=True)
-    if checkpoint.exists():
+    if args.restart:
+        checkpoint.unlink(missing_ok=True)
+        state.unlink(missing_ok=True)
+    if checkpoint.exists() and not state.exists():
         load(checkpoint, settings)
         return finish(args, [], [f"{checkpoint} earlier (--restart makes it anew)"], following)
     shared = moved(net["weights"], device, learn=True)
     optimizer = torch.optim.SGD(shared.values(), momentum=0.9, weight_decay=2e-4)  # 5.0.1
-    rows, best = [], {"robust": -1.0}
-    if state.exists():
-        rows, best = resume(state, settings, shared, optimizer)
+    rows, best = resume(state, settings, shared, optimizer)
     batch = min(args.batch_size, len(data["train"]))
     batches = len(data["train"]) // batch  # of an epoch; an incomplete batch is left out
-    print(f"TRADES, {name}, {args.epochs} epochs, on {where}")
     attack = args.eps / 255, args.step_size / 255, args.steps
-    said = saved = time.monotonic()
+    print(f"TRADES, {name}, {args.epochs} epochs, on {where}")
 
     for epoch in range(len(rows), args.epochs):
         begun = time.monotonic()
         torch.manual_seed((args.seed * 10**6 + epoch) % 2**63)  # so stopping changes no draw
         order = torch.randperm(len(data["train"])).to(device)
         losses = torch.zeros(batches, 3, device=device)
-        for i in range(batches):
+        for i in counted(f"epoch {epoch + 1}:", 0, batches, args.epochs - epoch):
             pick = order[i * batch : (i + 1) * batch]
             x, y = augment(data["train"][pick]) / 255, data["train_labels"][pick]
             network = Network(net, shared, student)  # f: slices of the weights as they are now
@@ -119,33 +118,26 @@ def main():
             loss.backward()
             optimizer.step()
             losses[i] = torch.stack([loss, cross_entropy, robust]).detach()
-            if time.monotonic() - said > 10:
-                said = time.monotonic()
-                left = (said - begun) / (i + 1) * (batches * (args.epochs - epoch) - i - 1) / 60
-                print(f"  {epoch + 1}: {i + 1}/{batches}, {left:.1f} minutes left")
 
-        means = losses.mean(0).tolist()
-        if not math.isfinite(sum(means)):
-            fail(f"the loss is not finite in epoch {epoch + 1}: --restart with a lower --lr")
         row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
-        row |= zip(("loss", "cross_entropy", "kl"), means)
-        row |= zip(("natural", "robust"), accuracies(Network(net, shared, student), data, args))
+        row |= averages(losses, "loss", "cross_entropy", "kl")
+        row["natural"], row["robust"] = accuracies(Network(net, shared, student), data, args)
         rows.append({**row, "seconds": time.monotonic() - begun})
         print(", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()))
         write_csv(log, rows)
-        if row["robust"] > best["robust"]:
+        if not best or row["robust"] > best["robust"]:
             best = {**row, "weights": moved(shared, "cpu")}
-        if time.monotonic() - saved > SAVE_SECONDS:
-            saved = time.monotonic()
-            save(state, settings, weights=shared, sgd=optimizer.state_dict(), rows=rows, best=best)
+        save(
+            state, settings, [net], weights=shared, sgd=optimizer.state_dict(), rows=rows, best=best
+        )
+    save(checkpoint, settings, [net], weights=best["weights"])
     network = Network(net, moved(best["weights"], device), student)
     network = calibrated(network, data["calibration"][: args.calibration_images])
     export(network, checkpoint.with_suffix(".pt2"), data["names"])
-    save(checkpoint, settings, weights=best["weights"])
-    state.unlink(missing_ok=True)
-    table = [{name: best[name] for name in ("epoch", "loss", "natural", "robust")}]
-    table[0]["--sharpen"] = sharpening(network, data["held_out"], data["held_out_labels"])
-    finish(args, table, [checkpoint, checkpoint.with_suffix(".pt2"), log], following)
+    state.unlink()  # last: without an export, there is still something to do
+    table = {name: best[name] for name in ("epoch", "loss", "natural", "robust")}
+    table["--sharpen"] = sharpening(network, data["held_out"], data["held_out_labels"])
+    finish(args, [table], [checkpoint, checkpoint.with_suffix(".pt2"), log], following)
 
 
 # ---- Table 1: everything in the folder, on the test images ---------------------------------------
@@ -153,16 +145,26 @@ def table1(args, net, data, device):
     """Judge on the test images (section 5.4) what was trained alone (02_*.pt and 03_fixed_*.pt) or
     chosen by a search, and export the latter. FGSM is one step of eps, PGD 20 of 2/255."""
     rows, wrote = [], [args.out / "table1.csv"]
+    searches = [usable(path, net["settings"]) for path in sorted(args.out.glob("05_search*.pt"))]
+    names = net["students"]
+    for search in filter(None, searches):
+        names = names | search["students"]
     for path in sorted(args.out.glob("0[23]_*.pt")):
-        content = load(path, net["settings"])
-        made = content["settings"]
-        students = {made["student"]: made["genotype"]}
-        for search in args.out.glob("05_search*.pt"):
-            found = load(search, net["settings"])
-            students |= found["students"] if found["searched"] == path.name else {}
-        for name, student in students.items():
+        trained = usable(path, net["settings"])
+        if not trained:
+            continue
+        alone, student = trained["settings"]["student"], trained["settings"]["genotype"]
+        if student != names.get(alone, student):  # trained alone, before another search
+            print(f"passed over: {path} is of another {alone}: train it with --restart")
+            continue
+        students = [(alone, student, trained["mark"])]
+        for search in filter(None, searches):
+            if search["searched"] == path.name:
+                mark = f"{trained['mark']} {search['mark']}"
+                students += [(*item, mark) for item in search["students"].items()]
+        for name, student, mark in students:
             print(f"  {path.stem}, {name}, on {device} in float32")
-            network = Network(net, moved(content["weights"], device), student)
+            network = Network(net, moved(trained["weights"], device), student)
             judged = calibrated(network, data["calibration"][: args.calibration_images])
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 judged(data["test"][:1] / 255)
@@ -176,12 +178,24 @@ def table1(args, net, data, device):
                 "params": sum(part.numel() for part in network.slices.values()),
                 "macs": counter.get_total_flops() // 2,
             }
-            rows.append(row | {key: part.double().mean().item() for key, part in right.items()})
-            if name != made["student"]:  # a search's: best, best_500M, best_random, ...
+            row |= {key: part.double().mean().item() for key, part in right.items()}
+            rows.append({**row, "made_from": mark})
+            if name != alone:  # a search's: best, best_500M, best_random
                 wrote.append(args.out / f"{name.replace('best', 'student')}.pt2")
                 export(judged, wrote[-1], data["names"])
+    if not rows:
+        fail(f"nothing in {args.out} to judge: {CHAPTERS[1]} trains a teacher")
     write_csv(wrote[0], rows)
     finish(args, rows, wrote)
+
+
+def usable(path, settings):
+    """What load() gives; nothing of a file that is not there, nor, with a line that says why, of
+    one that is stale or not ours."""
+    try:
+        return load(path, settings) if path.exists() else None
+    except SystemExit as problem:
+        print(f"passed over: {problem}")
 
 
 @torch.no_grad()
@@ -219,11 +233,31 @@ def export(network, path, names):
     write(path, buffer.getvalue())
 
 
-SAVE_SECONDS = 60  # at least, from one state to the next; each is written at the end of an epoch
+def counted(name, begin, end, rounds=1):
+    """range(begin, end), that says every ten seconds how far it is, and the time left for it and
+    for as many rounds as it, in minutes."""
+    begun = said = time.monotonic()
+    for i in range(begin, end):
+        if time.monotonic() - said > 10:
+            said = time.monotonic()
+            left = (said - begun) / (i - begin) * (rounds * end - i) / 60
+            print(f"  {name} {i}/{end}, {left:.1f} minutes left")
+        yield i
+
+
+def averages(losses, *names):
+    """An epoch's mean losses, from (batches, names), by name; exits if one is not finite."""
+    means = losses.mean(0).tolist()
+    if not math.isfinite(sum(means)):
+        fail("the loss is not finite: --restart with a lower --lr")
+    return dict(zip(names, means))
 
 
 def resume(path, settings, shared, optimizer):
-    """Go on from a state: weights and momentum in place; returns the log's rows and the best."""
+    """Go on from a state, if there is one: weights and momentum in place; returns the log's rows
+    and the best."""
+    if not path.exists():
+        return [], {}
     state = load(path, settings)
     for name, weight in shared.items():
         weight.data.copy_(state["weights"][name])
@@ -254,7 +288,7 @@ def student_at(net, place):
 def named_student(args, net):
     """The student of this name in 01_students.csv or in a search's 05_best.csv."""
     students = net["students"]
-    for path in args.out.glob("05_search*.pt"):
+    for path in [] if args.student in students else args.out.glob("05_search*.pt"):
         students |= load(path, net["settings"])["students"]
     return students.get(args.student) or fail(f"choose --student from {', '.join(students)}")
 
@@ -435,9 +469,8 @@ def augment(images):
 
 
 # ---- Files: the only thing that chapters share; each is written whole or not at all --------------
-def fail(message):  # one line on stderr, exit code 2
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def fail(message):  # run_chapter() prints it as one line on stderr; exit code 2
+    raise SystemExit(message)
 
 
 def write(path, content):
@@ -457,26 +490,45 @@ def write_csv(path, rows):
     write(path, text.getvalue().encode(errors="replace"))
 
 
-def save(path, settings, **content):
+def save(path, settings, sources, **content):
+    """Write what load() reads. It remembers its sources, which load() gave, by their checksums. A
+    file that another run has written, with other settings, is not overwritten."""
+    settings, made_from = {**settings, "file": path.name}, {}
+    if path.exists() and torch.load(path, weights_only=True, mmap=True)["settings"] != settings:
+        fail(f"{path} is another run's by now, with other settings: give each run its own --out")
+    for source in sources:
+        made_from |= source["made_from"] | {source["settings"]["file"]: source["mark"]}
     buffer = io.BytesIO()
-    torch.save({"settings": {**settings, "file": path.name}, **content}, buffer)
+    torch.save({"settings": settings, "made_from": made_from, **content}, buffer)
     write(path, buffer.getvalue())
 
 
 def load(path, settings):
-    """What save() wrote, and `mark`, its checksum; exits if it is damaged or of other settings."""
+    """What save() wrote, and `mark`, its checksum; exits if it is damaged, of other settings, or
+    stale: if a file that it was made from, or one that this was made from, is another by now."""
     content = path.read_bytes()
     try:
         if zipfile.ZipFile(io.BytesIO(content)).testzip():
             raise zipfile.BadZipFile
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        made_with = dict(loaded["settings"])
+        made_with, made_from = dict(loaded["settings"]), dict(loaded["made_from"])
     except Exception as error:  # of many kinds
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
     for name, value in {**settings, "file": path.name}.items():
         if made_with.get(name) != value:
             fail(f"{path}: {name} was {made_with.get(name)}, not {value}: --restart or other --out")
-    return {**loaded, "mark": hashlib.sha256(content).hexdigest()[:12]}
+    for name, mark in made_from.items():
+        source = path.with_name(name)
+        if source.exists() and checksum(source.read_bytes()) != mark:
+            chapter = CHAPTERS[int(path.name[:2]) - 1]
+            fail(
+                f"{path} is stale: {name} is another one by now: {chapter} --restart makes it anew"
+            )
+    return {**loaded, "mark": checksum(content)}
+
+
+def checksum(content):
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def moved(content, device, learn=False):
@@ -579,13 +631,19 @@ def run_chapter():
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a child is ended, too
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal may lack letters
     try:
-        main()
+        return main()
     except KeyboardInterrupt:
-        print("stopped; the same command, without --restart, goes on from here", file=sys.stderr)
-        raise SystemExit(130)
+        line, code = "stopped; the same command, without --restart, goes on from here", 130
     except OSError as error:
         sys.stdout = None  # it may be what failed, as with `| head`
-        fail(f"{error.filename or 'the output'} could not be read or written: {error.strerror}")
+        line = f"{error.filename or 'the output'} could not be read or written: {error.strerror}"
+        line, code = f"{Path(sys.argv[0]).name}: {line}", 2
+    except SystemExit as stop:
+        if not isinstance(stop.code, str):  # of argparse, or of a chapter that ran before this one
+            raise
+        line, code = f"{Path(sys.argv[0]).name}: {stop.code}", 2
+    print(line, file=sys.stderr)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

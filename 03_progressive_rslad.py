@@ -65,6 +65,9 @@ VARIES = {  # figure 4: the kinds of genes that vary in each of the three phases
     "fixed": [()],  # none, in one phase as long as the three
 }
 
+SHOWN = {"largest": -1, "middle": 1, "smallest": 0}  # of whom accuracies are logged
+ENDS = "", "_scale", "_shift", "_bias"  # the names of what a layer's output channels have
+
 
 # ---- The lesson: progressive sampling and RSLAD --------------------------------------------------
 def main():
@@ -88,47 +91,42 @@ def main():
     net = load(args.out / "01_dynamic_net.pt", args.common)
     trained = load(args.out / "02_teacher.pt", net["settings"])
     data = load_images(args, net, device)
-    largest = student_at(net, -1)
-    base = named_student(args, net) if args.student else largest  # for genes that do not vary
+    base = named_student(args, net) if args.student else student_at(net, -1)
     start = args.start or ("random" if args.student else "teacher")
-    taught_by = "teacher", trained["mark"]
+    first = trained if start == "teacher" else net
+    sources, taught_by, mark = [net, trained], "teacher", ""
     if args.teacher:
-        taught_by = args.teacher.stem, hashlib.sha256(args.teacher.read_bytes()).hexdigest()[:12]
-    settings = {
-        **net["settings"],
-        **args.settings,
-        "start": start,
-        "genotype": base,
-        "student": args.student or "largest",
-        "teacher": taught_by,
-    }
-    name, following = f"03_{args.sampling}", f"04_predictor.py --sampling={args.sampling}"
+        sources, taught_by = [first], args.teacher.stem
+        mark = checksum(args.teacher.read_bytes())
+    settings = {**net["settings"], **args.settings, "start": start, "genotype": base}
+    settings |= {"student": args.student or "largest", "teacher": f"{taught_by} {mark}"}
+    file, following = f"03_{args.sampling}", f"04_predictor.py --sampling={args.sampling}"
     if args.student:
-        name += f"_{args.student}_by_{taught_by[0]}"
+        file += f"_{args.student}_by_{taught_by}"
         following = f"{CHAPTERS[1]} --judge"
-    checkpoint, state, log = (args.out / f"{name}{end}" for end in (".pt", ".state", "_log.csv"))
-    for old in (checkpoint, state) if args.restart else ():
-        old.unlink(missing_ok=True)
-    if checkpoint.exists():
+    checkpoint, state, log = (args.out / f"{file}{end}" for end in (".pt", ".state", "_log.csv"))
+    if args.restart:
+        checkpoint.unlink(missing_ok=True)
+        state.unlink(missing_ok=True)
+    if checkpoint.exists() and not state.exists():
         load(checkpoint, settings)
         return finish(args, [], [f"{checkpoint} earlier (--restart makes it anew)"], following)
     batch = min(args.batch_size, len(data["train"]))
-    # A copy, which does not learn. Its batch norms have each batch's statistics, as the student's:
-    # so the largest student begins as the teacher, and what moves it is the method.
-    teacher = Network(net, moved(trained["weights"], device), largest)
+    batches = len(data["train"]) // batch  # of an epoch; an incomplete batch is left out
+    # The teacher is a copy, which does not learn. Its batch norms have each batch's statistics, as
+    # the student's: so the largest student begins as the teacher, and what moves it is the method.
+    teacher = Network(net, moved(trained["weights"], device), student_at(net, -1))
     if args.teacher:
         teacher = exported_network(args.teacher, data["train"][:batch] / 255, net["classes"])
-    shared = moved((net if start == "random" else trained)["weights"], device, learn=True)
+    shared = moved(first["weights"], device, learn=True)
     optimizer = torch.optim.SGD(shared.values(), momentum=0.9, weight_decay=2e-4)  # 5.0.1
-    rows = resume(state, settings, shared, optimizer)[0] if state.exists() else []
-    phases = VARIES[args.sampling]
+    rows = resume(state, settings, shared, optimizer)[0]
+    phases, shown = VARIES[args.sampling], {"student": base}
+    if not args.student:
+        shown = {name: student_at(net, place) for name, place in SHOWN.items()}
     epochs, epochs_of_phase = 3 * args.epochs, 3 * args.epochs // len(phases)
-    batches = len(data["train"]) // batch  # of an epoch; an incomplete batch is left out
-    print(f"RSLAD, {args.sampling} sampling, {epochs} epochs, on {where}")
-    looks = {"largest": largest, "middle": student_at(net, 1), "smallest": student_at(net, 0)}
-    looks = {"student": base} if args.student else looks
     attack = args.eps / 255, args.step_size / 255, args.steps
-    said = saved = time.monotonic()
+    print(f"RSLAD, {args.sampling} sampling, {epochs} epochs, on {where}")
 
     for epoch in range(len(rows), epochs):
         begun = time.monotonic()
@@ -142,7 +140,7 @@ def main():
                 sort_channels(net, shared)  # once: now students keep a block's first channels
         order = torch.randperm(len(data["train"])).to(device)
         losses = torch.zeros(batches, 3, device=device)
-        for i in range(batches):
+        for i in counted(f"epoch {epoch + 1}:", 0, batches, epochs - epoch):
             x = augment(data["train"][order[i * batch : (i + 1) * batch]]) / 255
             student = sample(net, rng, varies, base)  # another one in each iteration
             network = Network(net, shared, student)
@@ -159,59 +157,57 @@ def main():
                 # L_min: the loss. Batch statistics, for running ones would mix students.
                 adversarial = kl(network(x_adv), target)
                 loss = (1 - args.alpha) * natural + args.alpha * adversarial
+
             share = (epoch_of_phase + (i + 1) / batches) / epochs_of_phase  # of the phase
             cosine = (1 + math.cos(math.pi * share)) / 2  # from 1 to 0 in each phase
             optimizer.param_groups[0]["lr"] = args.lr * min(share / args.warmup, cosine)
-            optimizer.zero_grad()  # to None: layers that no student used do not even decay
+            optimizer.zero_grad()  # to None: layers that this student lacks do not even decay
             loss.backward()  # through the slices into the shared weights (equation 3)
             optimizer.step()
             losses[i] = torch.stack([loss, natural, adversarial]).detach()
-            if time.monotonic() - said > 10:
-                said = time.monotonic()
-                left = (said - begun) / (i + 1) * (batches * (epochs - epoch) - i - 1) / 60
-                print(f"  {epoch + 1}: {i + 1}/{batches}, {left:.1f} minutes left")
 
-        means = losses.mean(0).tolist()
-        if not math.isfinite(sum(means)):
-            fail(f"the loss is not finite in epoch {epoch + 1}: --restart with a lower --lr")
         row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
-        row |= zip(("loss", "natural_kl", "adversarial_kl"), means)
-        for name, student in looks.items():
-            natural, robust = accuracies(Network(net, shared, student), data, args)
-            row |= {f"natural_{name}": natural, f"robust_{name}": robust}
+        row |= averages(losses, "loss", "natural_kl", "adversarial_kl")
+        for name, shown_student in shown.items():
+            network = Network(net, shared, shown_student)
+            row[f"natural_{name}"], row[f"robust_{name}"] = accuracies(network, data, args)
         rows.append({**row, "seconds": time.monotonic() - begun})
         print(", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()))
         write_csv(log, rows)
-        if time.monotonic() - saved > SAVE_SECONDS:
-            saved = time.monotonic()
-            save(state, settings, weights=shared, sgd=optimizer.state_dict(), rows=rows, best=None)
-    save(checkpoint, settings, weights=moved(shared, "cpu"))
-    state.unlink(missing_ok=True)
-    table = [
-        {
-            "held-out images": name,
-            "natural": rows[-1][f"natural_{name}"],
-            f"PGD-{args.steps}": rows[-1][f"robust_{name}"],
-        }
-        for name in looks
-    ]
+        state_of = {"weights": shared, "sgd": optimizer.state_dict(), "rows": rows, "best": {}}
+        save(state, settings, sources, **state_of)
+    save(checkpoint, settings, sources, weights=moved(shared, "cpu"))
+    state.unlink()
+    table = []
+    for name in shown:
+        natural, robust = rows[-1][f"natural_{name}"], rows[-1][f"robust_{name}"]
+        table.append({"held-out images": name, "natural": natural, f"PGD-{args.steps}": robust})
     finish(args, table, [checkpoint, log], following)
 
 
-@torch.no_grad()
 def sort_channels(net, shared):
-    """Order each block's middle channels by importance, the L1 norm of the weights that read them,
-    so that smaller expansions keep the important ones. The largest network's function stays."""
+    """Order each block's middle channels by importance, so that smaller expansions keep the
+    important ones. The largest network's function stays."""
     for block in [gene.removeprefix("expand_") for gene in net["genes"] if "expand" in gene]:
-        makers = {"last": ["middle"], "middle": ["reduce"]}  # of the channels that a layer reads
-        if "kernel" in net:  # a depthwise kernel has one channel throughout: one order for both
-            makers = {"last": ["middle", "reduce", "excite"]}
-        for reader, layers in makers.items():
-            order = shared[f"{block}_{reader}"].abs().sum((0, 2, 3)).argsort(descending=True)
-            made = [layer + end for layer in layers for end in ("", "_scale", "_shift", "_bias")]
-            for dim, parts in enumerate([made, [reader, "squeeze"]]):  # outputs, inputs
-                for name in {f"{block}_{part}" for part in parts} & {*shared}:
-                    shared[name].copy_(shared[name].index_select(dim, order))
+        if "kernel" in net:  # reduce -> middle (-> squeeze -> excite) -> last: one order, for a
+            # depthwise kernel makes of each channel one
+            reorder(shared, block, ["reduce", "middle", "excite"], ["last", "squeeze"])
+        else:  # reduce -> middle -> last: two orders
+            reorder(shared, block, ["middle"], ["last"])
+            reorder(shared, block, ["reduce"], ["middle"])
+
+
+@torch.no_grad()
+def reorder(shared, block, makers, readers):
+    """Put the channels that `makers` make and `readers` read into the order of importance: the L1
+    norm of the weights by which the first of the readers reads them."""
+    importance = shared[f"{block}_{readers[0]}"].abs().sum((0, 2, 3))
+    order = importance.argsort(descending=True)
+    outputs = [f"{block}_{layer}{end}" for layer in makers for end in ENDS]
+    for name in shared.keys() & outputs:
+        shared[name].copy_(shared[name][order])
+    for name in shared.keys() & [f"{block}_{layer}" for layer in readers]:
+        shared[name].copy_(shared[name][:, order])
 
 
 def exported_network(path, x, classes):  # exits if it does not give images x a logit per class
@@ -224,11 +220,31 @@ def exported_network(path, x, classes):  # exits if it does not give images x a 
     return network
 
 
-SAVE_SECONDS = 60  # at least, from one state to the next; each is written at the end of an epoch
+def counted(name, begin, end, rounds=1):
+    """range(begin, end), that says every ten seconds how far it is, and the time left for it and
+    for as many rounds as it, in minutes."""
+    begun = said = time.monotonic()
+    for i in range(begin, end):
+        if time.monotonic() - said > 10:
+            said = time.monotonic()
+            left = (said - begun) / (i - begin) * (rounds * end - i) / 60
+            print(f"  {name} {i}/{end}, {left:.1f} minutes left")
+        yield i
+
+
+def averages(losses, *names):
+    """An epoch's mean losses, from (batches, names), by name; exits if one is not finite."""
+    means = losses.mean(0).tolist()
+    if not math.isfinite(sum(means)):
+        fail("the loss is not finite: --restart with a lower --lr")
+    return dict(zip(names, means))
 
 
 def resume(path, settings, shared, optimizer):
-    """Go on from a state: weights and momentum in place; returns the log's rows and the best."""
+    """Go on from a state, if there is one: weights and momentum in place; returns the log's rows
+    and the best."""
+    if not path.exists():
+        return [], {}
     state = load(path, settings)
     for name, weight in shared.items():
         weight.data.copy_(state["weights"][name])
@@ -271,7 +287,7 @@ def sample(net, rng, varies="", base=()):
 def named_student(args, net):
     """The student of this name in 01_students.csv or in a search's 05_best.csv."""
     students = net["students"]
-    for path in args.out.glob("05_search*.pt"):
+    for path in [] if args.student in students else args.out.glob("05_search*.pt"):
         students |= load(path, net["settings"])["students"]
     return students.get(args.student) or fail(f"choose --student from {', '.join(students)}")
 
@@ -452,9 +468,8 @@ def augment(images):
 
 
 # ---- Files: the only thing that chapters share; each is written whole or not at all --------------
-def fail(message):  # one line on stderr, exit code 2
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def fail(message):  # run_chapter() prints it as one line on stderr; exit code 2
+    raise SystemExit(message)
 
 
 def write(path, content):
@@ -474,26 +489,45 @@ def write_csv(path, rows):
     write(path, text.getvalue().encode(errors="replace"))
 
 
-def save(path, settings, **content):
+def save(path, settings, sources, **content):
+    """Write what load() reads. It remembers its sources, which load() gave, by their checksums. A
+    file that another run has written, with other settings, is not overwritten."""
+    settings, made_from = {**settings, "file": path.name}, {}
+    if path.exists() and torch.load(path, weights_only=True, mmap=True)["settings"] != settings:
+        fail(f"{path} is another run's by now, with other settings: give each run its own --out")
+    for source in sources:
+        made_from |= source["made_from"] | {source["settings"]["file"]: source["mark"]}
     buffer = io.BytesIO()
-    torch.save({"settings": {**settings, "file": path.name}, **content}, buffer)
+    torch.save({"settings": settings, "made_from": made_from, **content}, buffer)
     write(path, buffer.getvalue())
 
 
 def load(path, settings):
-    """What save() wrote, and `mark`, its checksum; exits if it is damaged or of other settings."""
+    """What save() wrote, and `mark`, its checksum; exits if it is damaged, of other settings, or
+    stale: if a file that it was made from, or one that this was made from, is another by now."""
     content = path.read_bytes()
     try:
         if zipfile.ZipFile(io.BytesIO(content)).testzip():
             raise zipfile.BadZipFile
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        made_with = dict(loaded["settings"])
+        made_with, made_from = dict(loaded["settings"]), dict(loaded["made_from"])
     except Exception as error:  # of many kinds
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
     for name, value in {**settings, "file": path.name}.items():
         if made_with.get(name) != value:
             fail(f"{path}: {name} was {made_with.get(name)}, not {value}: --restart or other --out")
-    return {**loaded, "mark": hashlib.sha256(content).hexdigest()[:12]}
+    for name, mark in made_from.items():
+        source = path.with_name(name)
+        if source.exists() and checksum(source.read_bytes()) != mark:
+            chapter = CHAPTERS[int(path.name[:2]) - 1]
+            fail(
+                f"{path} is stale: {name} is another one by now: {chapter} --restart makes it anew"
+            )
+    return {**loaded, "mark": checksum(content)}
+
+
+def checksum(content):
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def moved(content, device, learn=False):
@@ -596,13 +630,19 @@ def run_chapter():
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a child is ended, too
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal may lack letters
     try:
-        main()
+        return main()
     except KeyboardInterrupt:
-        print("stopped; the same command, without --restart, goes on from here", file=sys.stderr)
-        raise SystemExit(130)
+        line, code = "stopped; the same command, without --restart, goes on from here", 130
     except OSError as error:
         sys.stdout = None  # it may be what failed, as with `| head`
-        fail(f"{error.filename or 'the output'} could not be read or written: {error.strerror}")
+        line = f"{error.filename or 'the output'} could not be read or written: {error.strerror}"
+        line, code = f"{Path(sys.argv[0]).name}: {line}", 2
+    except SystemExit as stop:
+        if not isinstance(stop.code, str):  # of argparse, or of a chapter that ran before this one
+            raise
+        line, code = f"{Path(sys.argv[0]).name}: {stop.code}", 2
+    print(line, file=sys.stderr)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

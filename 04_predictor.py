@@ -67,10 +67,11 @@ def main():
     trained = load(args.out / f"03_{args.sampling}.pt", net["settings"])
     end = "_random" if args.sampling == "random" else ""
     state, checkpoint = args.out / f"04_students{end}.pt", args.out / f"04_predictor{end}.pt"
-    settings = {**net["settings"], **args.settings, "weights": trained["mark"]}
+    settings = {**net["settings"], **args.settings}
     following = f"05_nsga2.py --sampling={args.sampling}"
-    for old in (checkpoint, state) if args.restart else ():
-        old.unlink(missing_ok=True)
+    if args.restart:
+        checkpoint.unlink(missing_ok=True)
+        state.unlink(missing_ok=True)
     if checkpoint.exists():
         load(checkpoint, settings)
         return finish(args, [], [f"{checkpoint} earlier (--restart makes it anew)"], following)
@@ -84,16 +85,11 @@ def main():
     rows = load(state, measuring)["rows"] if state.exists() else []
     count = min(args.images, len(data["held_out"]))
     print(f"{args.students} students, PGD-{args.steps}, {count} images, on {device} in float32")
-    said = time.monotonic()
-    for student in students[len(rows) :]:
-        row = measure(args, Network(net, shared, student), data)
-        rows.append({**dict(zip(net["genes"], student)), **row})
-        save(state, measuring, rows=rows)
+    for i in counted("students:", len(rows), args.students):
+        row = measure(args, Network(net, shared, students[i]), data)
+        rows.append({**dict(zip(net["genes"], students[i])), **row})
+        save(state, measuring, [trained], rows=rows)
         write_csv(state.with_suffix(".csv"), rows)
-        if time.monotonic() - said > 10:
-            said = time.monotonic()
-            left = rows[-1]["seconds"] * (args.students - len(rows)) / 60
-            print(f"  {len(rows)}/{args.students} students, {left:.1f} minutes left")
 
     measured, halves = (
         torch.tensor([[row[name + half] for name in PAPER] for row in rows])
@@ -112,7 +108,7 @@ def main():
     middle = Network(net, shared, student_at(net, 1))
     write_csv(args.out / f"04_widths{end}.csv", widths(args, net, shared, teacher, data))
     write(args.out / f"04_pictures{end}.png", pictures(args, middle, data))
-    save(checkpoint, settings, **predictor)
+    save(checkpoint, settings, [trained], **predictor)
     print(f"\non {len(predicted)} students that were not used in training; shares of 1:")
     finish(
         args,
@@ -120,6 +116,18 @@ def main():
         [checkpoint, args.out / f"04_*{end}.csv", args.out / f"04_pictures{end}.png"],
         following,
     )
+
+
+def counted(name, begin, end, rounds=1):
+    """range(begin, end), that says every ten seconds how far it is, and the time left for it and
+    for as many rounds as it, in minutes."""
+    begun = said = time.monotonic()
+    for i in range(begin, end):
+        if time.monotonic() - said > 10:
+            said = time.monotonic()
+            left = (said - begun) / (i - begin) * (rounds * end - i) / 60
+            print(f"  {name} {i}/{end}, {left:.1f} minutes left")
+        yield i
 
 
 def measure(args, network, data):
@@ -449,9 +457,8 @@ def load_images(args, net, device):
 
 
 # ---- Files: the only thing that chapters share; each is written whole or not at all --------------
-def fail(message):  # one line on stderr, exit code 2
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def fail(message):  # run_chapter() prints it as one line on stderr; exit code 2
+    raise SystemExit(message)
 
 
 def write(path, content):
@@ -471,26 +478,45 @@ def write_csv(path, rows):
     write(path, text.getvalue().encode(errors="replace"))
 
 
-def save(path, settings, **content):
+def save(path, settings, sources, **content):
+    """Write what load() reads. It remembers its sources, which load() gave, by their checksums. A
+    file that another run has written, with other settings, is not overwritten."""
+    settings, made_from = {**settings, "file": path.name}, {}
+    if path.exists() and torch.load(path, weights_only=True, mmap=True)["settings"] != settings:
+        fail(f"{path} is another run's by now, with other settings: give each run its own --out")
+    for source in sources:
+        made_from |= source["made_from"] | {source["settings"]["file"]: source["mark"]}
     buffer = io.BytesIO()
-    torch.save({"settings": {**settings, "file": path.name}, **content}, buffer)
+    torch.save({"settings": settings, "made_from": made_from, **content}, buffer)
     write(path, buffer.getvalue())
 
 
 def load(path, settings):
-    """What save() wrote, and `mark`, its checksum; exits if it is damaged or of other settings."""
+    """What save() wrote, and `mark`, its checksum; exits if it is damaged, of other settings, or
+    stale: if a file that it was made from, or one that this was made from, is another by now."""
     content = path.read_bytes()
     try:
         if zipfile.ZipFile(io.BytesIO(content)).testzip():
             raise zipfile.BadZipFile
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        made_with = dict(loaded["settings"])
+        made_with, made_from = dict(loaded["settings"]), dict(loaded["made_from"])
     except Exception as error:  # of many kinds
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
     for name, value in {**settings, "file": path.name}.items():
         if made_with.get(name) != value:
             fail(f"{path}: {name} was {made_with.get(name)}, not {value}: --restart or other --out")
-    return {**loaded, "mark": hashlib.sha256(content).hexdigest()[:12]}
+    for name, mark in made_from.items():
+        source = path.with_name(name)
+        if source.exists() and checksum(source.read_bytes()) != mark:
+            chapter = CHAPTERS[int(path.name[:2]) - 1]
+            fail(
+                f"{path} is stale: {name} is another one by now: {chapter} --restart makes it anew"
+            )
+    return {**loaded, "mark": checksum(content)}
+
+
+def checksum(content):
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def moved(content, device, learn=False):
@@ -593,13 +619,19 @@ def run_chapter():
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a child is ended, too
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal may lack letters
     try:
-        main()
+        return main()
     except KeyboardInterrupt:
-        print("stopped; the same command, without --restart, goes on from here", file=sys.stderr)
-        raise SystemExit(130)
+        line, code = "stopped; the same command, without --restart, goes on from here", 130
     except OSError as error:
         sys.stdout = None  # it may be what failed, as with `| head`
-        fail(f"{error.filename or 'the output'} could not be read or written: {error.strerror}")
+        line = f"{error.filename or 'the output'} could not be read or written: {error.strerror}"
+        line, code = f"{Path(sys.argv[0]).name}: {line}", 2
+    except SystemExit as stop:
+        if not isinstance(stop.code, str):  # of argparse, or of a chapter that ran before this one
+            raise
+        line, code = f"{Path(sys.argv[0]).name}: {stop.code}", 2
+    print(line, file=sys.stderr)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -65,14 +65,14 @@ def main():
     budgets = args.max_macs or [2000.0 if most > 2000 else round((least + most) / 2, 1)]
     if not all(least <= budget <= 1000 * most for budget in budgets):
         fail(f"--max-macs is in millions, from {math.ceil(100 * least) / 100} (the smallest) on")
-    settings = {**net["settings"], **args.settings, "max_macs": budgets, "fit": predictor["mark"]}
-    if not done.exists() or args.restart:
-        for old in (done, args.out / "table1.csv", *args.out.glob("student*.pt2")):
-            old.unlink(missing_ok=True)  # chapter 2 makes all of them anew
+    settings = {**net["settings"], **args.settings, "max_macs": budgets}
+    if args.restart or not done.exists():
         students = search(args, net, predictor, budgets, end)
-        save(done, settings, students=students, searched=trained)
-    load(done, settings)
-    if (args.out / "table1.csv").exists():
+        done.unlink(missing_ok=True)
+        save(done, settings, [predictor], students=students, searched=trained)
+    found = load(done, settings)
+    made_from = f"{found['made_from'][trained]} {found['mark']}"
+    if table(args, "table1", made_from=made_from):
         return finish(args, [], [f"{done} earlier (--restart makes it anew)"])
     command = [sys.executable, Path(__file__).resolve().with_name(CHAPTERS[1]), *args.given]
     if subprocess.run([*command, "--judge", f"--eps={predictor['settings']['eps']}"]).returncode:
@@ -108,6 +108,9 @@ def search(args, net, predictor, budgets, end):
         tables["front"] += [last[i] for i in front]
         more = {"eps": predictor["settings"]["eps"], "seconds": time.monotonic() - begun}
         tables["best"].append({"student": name, **last[pick], **more})
+    for row in table(args, f"05_best{end}"):  # of an earlier search
+        old = Path(row["student"].replace("best", "student")).name
+        (args.out / f"{old}.pt2").unlink(missing_ok=True)
     for name, rows in tables.items():
         write_csv(args.out / f"05_{name}{end}.csv", rows)
     shown = [{key: row[key] for key in row if key not in net["genes"]} for row in tables["best"]]
@@ -327,6 +330,15 @@ def points(rows, x, y, style="line"):
     return style, [x for x, _ in pairs], [y for _, y in pairs]
 
 
+def usable(path, settings):
+    """What load() gives; nothing of a file that is not there, nor, with a line that says why, of
+    one that is stale or not ours."""
+    try:
+        return load(path, settings) if path.exists() else None
+    except SystemExit as problem:
+        print(f"passed over: {problem}")
+
+
 def figures(args):
     """Draw every figure whose tables are in the folder, and write the table of costs; the files."""
     files, title, accuracy = [], args.out.name, {"natural": NATURAL, "robust": ROBUST}
@@ -350,6 +362,8 @@ def figures(args):
         )
     clouds, lines = {}, {}  # figures 2 and 7, many students; figure 6, three that differ in width
     for sampling, end in {"progressive": "", "random": "_random"}.items():
+        if not usable(args.out / f"04_students{end}.pt", args.common):
+            continue
         clouds[sampling] = points(table(args, f"04_students{end}"), "natural", "robust", "dots")
         teacher = table(args, f"04_widths{end}", student="teacher")
         clouds[f"teacher{end}"] = points(teacher, "natural", "robust", "rings")
@@ -372,14 +386,16 @@ def figures(args):
             ),
         )
         panels, axes = [], ("predicted_natural", "predicted_robust")  # figure 10
-        for best in table(args, f"05_best{end}"):
+        search = usable(args.out / f"05_search{end}.pt", args.common)
+        for best in table(args, f"05_best{end}") if search else []:
             budget, series = {"max_macs": best.get("max_macs")}, {}
             for name in ("first", "last"):
                 rows = table(args, f"05_population{end}", generation=name, **budget)
                 series[f"{name} generation"] = points(rows, *axes, "dots")
             series["front"] = points(table(args, f"05_front{end}", **budget), *axes)
             series["chosen, predicted"] = points([best], *axes, "rings")
-            for row in table(args, "table1", student=best.get("student"), file=f"03_{sampling}"):
+            made_from = f"{search['made_from'][f'03_{sampling}.pt']} {search['mark']}"
+            for row in table(args, "table1", student=best.get("student"), made_from=made_from):
                 label = f"chosen, on test images, eps {row['eps']}/255"
                 series[label] = points([row], "natural", "pgd20", "rings")
                 if row["eps"] != best.get("eps"):
@@ -472,9 +488,8 @@ def sample(net, rng, varies="", base=()):
 
 
 # ---- Files: the only thing that chapters share; each is written whole or not at all --------------
-def fail(message):  # one line on stderr, exit code 2
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def fail(message):  # run_chapter() prints it as one line on stderr; exit code 2
+    raise SystemExit(message)
 
 
 def write(path, content):
@@ -494,26 +509,45 @@ def write_csv(path, rows):
     write(path, text.getvalue().encode(errors="replace"))
 
 
-def save(path, settings, **content):
+def save(path, settings, sources, **content):
+    """Write what load() reads. It remembers its sources, which load() gave, by their checksums. A
+    file that another run has written, with other settings, is not overwritten."""
+    settings, made_from = {**settings, "file": path.name}, {}
+    if path.exists() and torch.load(path, weights_only=True, mmap=True)["settings"] != settings:
+        fail(f"{path} is another run's by now, with other settings: give each run its own --out")
+    for source in sources:
+        made_from |= source["made_from"] | {source["settings"]["file"]: source["mark"]}
     buffer = io.BytesIO()
-    torch.save({"settings": {**settings, "file": path.name}, **content}, buffer)
+    torch.save({"settings": settings, "made_from": made_from, **content}, buffer)
     write(path, buffer.getvalue())
 
 
 def load(path, settings):
-    """What save() wrote, and `mark`, its checksum; exits if it is damaged or of other settings."""
+    """What save() wrote, and `mark`, its checksum; exits if it is damaged, of other settings, or
+    stale: if a file that it was made from, or one that this was made from, is another by now."""
     content = path.read_bytes()
     try:
         if zipfile.ZipFile(io.BytesIO(content)).testzip():
             raise zipfile.BadZipFile
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        made_with = dict(loaded["settings"])
+        made_with, made_from = dict(loaded["settings"]), dict(loaded["made_from"])
     except Exception as error:  # of many kinds
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
     for name, value in {**settings, "file": path.name}.items():
         if made_with.get(name) != value:
             fail(f"{path}: {name} was {made_with.get(name)}, not {value}: --restart or other --out")
-    return {**loaded, "mark": hashlib.sha256(content).hexdigest()[:12]}
+    for name, mark in made_from.items():
+        source = path.with_name(name)
+        if source.exists() and checksum(source.read_bytes()) != mark:
+            chapter = CHAPTERS[int(path.name[:2]) - 1]
+            fail(
+                f"{path} is stale: {name} is another one by now: {chapter} --restart makes it anew"
+            )
+    return {**loaded, "mark": checksum(content)}
+
+
+def checksum(content):
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 # ---- Flags, and how chapters follow each other ---------------------------------------------------
@@ -593,13 +627,19 @@ def run_chapter():
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a child is ended, too
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal may lack letters
     try:
-        main()
+        return main()
     except KeyboardInterrupt:
-        print("stopped; the same command, without --restart, goes on from here", file=sys.stderr)
-        raise SystemExit(130)
+        line, code = "stopped; the same command, without --restart, goes on from here", 130
     except OSError as error:
         sys.stdout = None  # it may be what failed, as with `| head`
-        fail(f"{error.filename or 'the output'} could not be read or written: {error.strerror}")
+        line = f"{error.filename or 'the output'} could not be read or written: {error.strerror}"
+        line, code = f"{Path(sys.argv[0]).name}: {line}", 2
+    except SystemExit as stop:
+        if not isinstance(stop.code, str):  # of argparse, or of a chapter that ran before this one
+            raise
+        line, code = f"{Path(sys.argv[0]).name}: {stop.code}", 2
+    print(line, file=sys.stderr)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -686,21 +686,12 @@ def test_baselines_make_table_1_and_the_costs(folder):
 
 
 # ---- Stops: killed at any moment, the same command ends with the same files ----------------------
-SLOWLY = """import importlib.util, sys
-sys.argv = sys.argv[1:]
-spec = importlib.util.spec_from_file_location("chapter", sys.argv[0])
-chapter = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(chapter)
-chapter.SAVE_SECONDS = 0
-chapter.run_chapter()"""
-
-
 def test_killed_at_any_moment(finished, tmp_path):
     os.symlink(finished / "shades", tmp_path / "shades")
     rng, out = random.Random(SEED), tmp_path / "run"
     states = {2: "02_teacher.state", 3: "03_progressive.state", 4: "04_students.pt"}
     for number in QUICK:
-        words = [sys.executable, "-c", SLOWLY, *command(number)]
+        words = [sys.executable, *command(number)]
         process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL)
         while number in states and not (out / states[number]).exists() and process.poll() is None:
             time.sleep(0.01)
@@ -717,11 +708,11 @@ def test_killed_at_any_moment(finished, tmp_path):
 def test_a_state_holds_log_and_best_epoch_and_is_written_whole_or_not(tmp_path, monkeypatch):
     weights, state = {"w": torch.ones(2, requires_grad=True)}, tmp_path / "a.state"
     sgd = torch.optim.SGD(weights.values(), momentum=0.9)
-    c2.save(state, {}, weights=weights, sgd=sgd.state_dict(), rows=[1], best={"robust": 2})
+    c2.save(state, {}, [], weights=weights, sgd=sgd.state_dict(), rows=[1], best={"robust": 2})
     full = lambda path, content: path.open("wb").write(content[:99]) / 0  # of a disk
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(ZeroDivisionError):
-        c2.save(state, {})
+        c2.save(state, {}, [])
     assert c2.resume(state, {}, weights, sgd) == ([1], {"robust": 2})
 
 
@@ -738,6 +729,82 @@ def test_a_chapter_that_is_stopped_takes_its_child_along(finished, tmp_path):
     process = subprocess.Popen([sys.executable, *command(1, "--restart")], **pipes)
     process.stdout.close()  # as `| head` does
     assert "Broken pipe" in process.stderr.read() and process.wait() == 2
+
+
+# ---- Nothing stale, nothing of the user's lost ---------------------------------------------------
+def test_what_is_stale_is_said_and_never_used(folder):
+    run(folder, 2, "--student", "best", "--epochs", 1)
+    run(folder, 3, "--restart", "--lr", 0.01)
+    stale = "04_predictor.pt is stale: 03_progressive.pt is another one by now: 04_predictor.py"
+    for words in ([], ["--restart"]):
+        assert stale in run(folder, 5, *words, code=2)
+    judged = run(folder, 2, "--judge")
+    assert "05_search.pt is stale" in judged and "student.pt2" not in judged
+    assert [row["student"] for row in rows_of(folder / "run/table1.csv")] == ["best"] + 2 * [
+        "largest"
+    ]
+    drawn = run(folder, 5, "--figures")
+    assert "04_students.pt is stale" in drawn and "04_" not in drawn.split("wrote")[1]
+    run(folder, 4, "--restart")
+    assert "05_search.pt is stale: 0" in run(folder, 5, code=2)
+    assert "best" in run(folder, 5, "--restart", "--seed", 0)
+    assert rows_of(folder / "run/table1.csv")[-1]["student"] == "best"  # judged anew
+    run(folder, 2, "--restart", "--lr", 0.1)
+    for number, file in {3: "03_progressive", 4: "03_progressive", 5: "04_predictor"}.items():
+        words = ["--lr", 0.01] if number == 3 else []
+        assert f"{file}.pt is stale: 02_teacher.pt" in run(folder, number, *words, code=2)
+
+
+def test_a_name_that_means_another_student_by_now_is_passed_over(folder):
+    run(folder, 2, "--student", "best", "--epochs", 1)
+    search = read(folder / "run/05_search.pt")
+    search["students"]["best"] = c1.student_at(read(folder / "run/01_dynamic_net.pt"), -1)
+    torch.save(search, folder / "run/05_search.pt")
+    assert "02_best.pt is of another best" in run(folder, 2, "--judge")
+    assert "02_best" not in (folder / "run/table1.csv").read_text()
+
+
+def test_what_is_not_ours_is_passed_over_and_kept(folder):
+    out = folder / "run"
+    copies = {out / "student_phone.pt2": out / "student.pt2"}
+    copies[out / "02_teacher_backup.pt"] = out / "02_teacher.pt"
+    copies[out / "03_notes.pt"] = out / "01_students.csv"
+    copies[out / "05_search_copy.pt"] = out / "05_search.pt"
+    for copy, source in copies.items():
+        shutil.copy(source, copy)
+    before = rows_of(out / "table1.csv")
+    judged = run(folder, 2, "--judge", "--eps", 6)
+    assert judged.count("passed over") == 3 and rows_of(out / "table1.csv") == before
+    run(folder, 5, "--restart", "--max-macs", 0.5, 1)
+    assert {*out.glob("student*")} == {
+        out / f"student_{name}.pt2" for name in ("phone", "0.5M", "1M")
+    }
+    for copy, source in copies.items():
+        if "student" not in copy.name:
+            assert copy.read_bytes() == source.read_bytes() or "search" in copy.name
+
+
+def test_a_failed_export_does_not_cost_the_training(folder, monkeypatch):
+    (folder / "run/02_teacher.pt2").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(c2, "export", lambda *_: c2.fail("no export"))
+        assert "no export" in run(folder, 2, "--restart", code=2)
+    before = (folder / "run/02_teacher.pt").read_bytes()
+    assert "after epoch 3" in run(folder, 2) and (folder / "run/02_teacher.pt2").exists()
+    assert (folder / "run/02_teacher.pt").read_bytes() == before
+
+
+def test_two_runs_with_other_settings_do_not_overwrite_each_other(folder, monkeypatch):
+    out, accuracies = folder / "run", c2.accuracies
+    run(folder, 2, "--student", "usual", "--epochs", 1)
+    other = (out / "02_usual.pt").rename(out / "other").read_bytes()
+    monkeypatch.setattr(
+        c2,
+        "accuracies",
+        lambda *args: shutil.copy(out / "other", out / "02_usual.pt") and accuracies(*args),
+    )
+    assert "is another run's by now" in run(folder, 2, "--student", "usual", code=2)
+    assert (out / "02_usual.pt").read_bytes() == other
 
 
 # ---- Bad input: one line, exit code 2, nothing lost ----------------------------------------------
@@ -778,26 +845,25 @@ READS = [
     (4, "03_progressive.pt"),
     (5, "04_predictor.pt"),
     (5, "05_search.pt"),
-    ("--judge", "05_search.pt"),
 ]
 
 
 @pytest.mark.parametrize("number, file", READS)
 def test_bad_files(folder, number, file):
-    words, out = (2, "--judge") if number == "--judge" else (number,), folder / "run"
+    out = folder / "run"
     if file == "04_students.pt":
         (out / "04_predictor.pt").unlink()  # else it is not read
     good = (out / file).read_bytes()
     for spoil in SPOIL:
         spoil(out / file)
         before = {path: path.read_bytes() for path in out.iterdir()}
-        assert file in run(folder, *words, code=2)
+        assert file in run(folder, number, code=2)
         assert before == {path: path.read_bytes() for path in out.iterdir()}
         assert not (folder / "hacked").exists()
         (out / file).write_bytes(good)
     (out / file).unlink()
     (out / file).mkdir()  # what cannot be read is not called damaged
-    assert f"{file} could not be read or written: Is a directory" in run(folder, *words, code=2)
+    assert f"{file} could not be read or written: Is a directory" in run(folder, number, code=2)
 
 
 @pytest.mark.parametrize(

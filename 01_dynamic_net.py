@@ -93,7 +93,7 @@ def main():
     print(summary)
     net = make_net(args.net, args.common["preset"], len(images["names"]))
     print(f"{len(net['genes'])} genes, {count_students(net):,} students")
-    torch.manual_seed(args.seed % 2**63)
+    torch.manual_seed(args.seed)
     shared, rng = random_weights(net), random.Random(args.seed)
     students = {"largest": student_at(net, -1), "smallest": student_at(net, 0), "usual": usual(net)}
     students |= {f"random_{number}": sample(net, rng) for number in range(1, 6)}
@@ -364,7 +364,7 @@ class RandomWeights(Network):
 def toy_images(count, seed):
     """`count` pictures of stripes, labels and names: 3 widths x 3 orientations. Phase, colours and
     noise are random: no pixel tells the class, and flips and crops keep it."""
-    rng = np.random.default_rng(seed % 2**32)
+    rng = np.random.default_rng(seed)
     labels = rng.integers(0, 9, count)
     tilt = np.array([0, np.pi / 2, np.pi / 4])[labels % 3]
     frequency = 2 * np.pi / np.array([16, 8, 4.5])[labels // 3]  # radians per pixel
@@ -383,13 +383,18 @@ def toy_images(count, seed):
 
 
 def cifar_images(args, train):
-    """CIFAR-10 or CIFAR-100 by torchvision, which downloads it; exits if it cannot."""
+    """CIFAR-10 or CIFAR-100 by torchvision, which downloads it; exits if it cannot. OSError if the
+    disk is what fails."""
     from torchvision import datasets
 
     source = getattr(datasets, args.dataset.upper())
     try:
         images = source(args.data_dir, train=train, download=True)
     except (OSError, RuntimeError) as error:
+        if getattr(error, "strerror", None) and not isinstance(
+            error, (ConnectionError, TimeoutError)
+        ):
+            raise OSError(error.errno, error.strerror, args.data_dir)
         fail(
             f"{args.dataset} could not be downloaded ({type(error).__name__}): put "
             f"{source.filename} into {args.data_dir}, or take --dataset toy or a folder"
@@ -400,29 +405,38 @@ def cifar_images(args, train):
 
 def picture(path):
     """The image in a file as a viewer shows it: turned as its camera was held, white where it is
-    transparent, 16 bits scaled to 8; uint8 (32, 32, 3). Exits if it does not decode."""
+    transparent, 16 bits scaled to 8; uint8 (32, 32, 3). Errors, of many kinds, if it is damaged."""
     from torchvision.datasets.folder import Image  # Pillow's, which torchvision reads with
 
-    content = path.read_bytes()
-    try:
-        image = Image.open(io.BytesIO(content))
-        turn = image.getexif().get(274, 1)  # EXIF's orientation, 1 to 8
-        if image.mode.startswith("I;16"):  # a plain conversion would clip it
-            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-        if image.mode in ("I", "F"):
-            raise ValueError("32 bits, of no known range")
-        if 1 < turn < 9:
-            image = image.transpose((0, 3, 1, 5, 4, 6, 2)[turn - 2])  # Pillow's numbers for them
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image.convert("RGBA"))
-        return np.asarray(white.convert("RGB").resize((32, 32)))
-    except Exception as error:  # of many kinds
-        fail(f"{path} cannot be used ({error or type(error).__name__}): convert or remove it")
+    image = Image.open(io.BytesIO(path.read_bytes()))
+    turn = image.getexif().get(274, 1)  # EXIF's orientation, 1 to 8
+    if image.mode.startswith("I;16"):  # a plain conversion would clip it
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("32 bits, of no known range")
+    if 1 < turn < 9:
+        image = image.transpose((0, 3, 1, 5, 4, 6, 2)[turn - 2])  # Pillow's numbers for them
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image.convert("RGBA"))
+    return np.asarray(white.convert("RGB").resize((32, 32)))
+
+
+def files_below(folder, above=()):
+    """All files below a folder, those in linked folders too, but hidden ones."""
+    real, files = folder.resolve(), []
+    if real in above:  # a loop of links
+        return []
+    for path in folder.iterdir():
+        if path.is_dir() and path.name[0] != ".":
+            files += files_below(path, (*above, real))
+        elif path.name[0] != ".":
+            files.append(path)
+    return files
 
 
 def folder_images(folder, part):
     """The images below folder/part/<class>, but for hidden ones, as in .ipynb_checkpoints; exits
-    if there are fewer than two classes."""
+    if some are damaged, or if there are fewer than two classes."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     root = folder / part
@@ -431,23 +445,33 @@ def folder_images(folder, part):
             f"--dataset {folder}: not cifar10, cifar100, toy, or a folder of train/<class>/* and "
             f"test/<class>/* images: there is no {root}"
         )
-    paths = [
-        path
-        for inside in sorted(root.iterdir())
-        for path in sorted(inside.rglob("*"))
-        if path.is_file() and "/." not in f"/{path.relative_to(root).as_posix()}"
+    paths = sorted(files_below(root))
+    files = [
+        path for path in paths if path.suffix.lower() in IMG_EXTENSIONS and path.parent != root
     ]
-    files = [path for path in paths if path.suffix.lower() in IMG_EXTENSIONS]
     owners = [path.relative_to(root).parts[0] for path in files]
     names, others = sorted({*owners}), len(paths) - len(files)
     print(f"{root}: {len(files)} images of {len(names)} classes; {others} other files, not read")
     if len(names) < 2:
         fail(f"{root} has images of {names} alone: at least two classes are needed, a folder each")
     warnings.filterwarnings("error", ".*decompression bomb")  # above 89 million pixels
-    images = torch.from_numpy(np.stack([picture(path) for path in files]))
+    pixels, damaged = [], []
+    for path in files:
+        try:
+            pixels.append(picture(path))
+        except Exception as error:  # of many kinds; Pillow's end in <_io.BytesIO object at ...>
+            reason = str(error).split(" <")[0] or type(error).__name__
+            damaged.append(f"{path} ({reason})")
+    if damaged:
+        few = ", ".join(damaged[:10])
+        fail(f"{len(damaged)} images cannot be used, convert or remove them: {few}")
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
     labels = torch.tensor([names.index(name) for name in owners])
-    names = [name.replace("\n", " ").encode(errors="replace").decode() for name in names]
-    return images.permute(0, 3, 1, 2).contiguous(), labels, names
+    return (
+        images,
+        labels,
+        [name.replace("\n", " ").encode(errors="replace").decode() for name in names],
+    )
 
 
 def read_images(args):
@@ -499,6 +523,8 @@ def write(path, content):
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path)  # a full disk's has no name
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -537,7 +563,9 @@ def load(path, settings):
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
     for name, value in {**settings, "file": path.name}.items():
         if made_with.get(name) != value:
-            fail(f"{path}: {name} was {made_with.get(name)}, not {value}: --restart or other --out")
+            old = made_with.get(name)  # a folder of images that has moved goes on by its old name
+            way = shlex.join([f"--{name}={old}"]) if name in COMMON else "--restart"
+            fail(f"{path}: {name} was {old}, not {value}: {way} or other --out")
     for name, mark in made_from.items():
         source = path.with_name(name)
         if source.exists() and checksum(source.read_bytes()) != mark:
@@ -565,7 +593,7 @@ COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
     "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
     "preset": {"choices": PRESETS, "help": "of all numbers below; default: paper, for toy tiny"},
-    "out": {"type": Path, "help": "folder of all files; default: runs/<dataset>-<net>"},
+    "out": {"type": Path, "help": "default: runs/<dataset>-<net>[-<preset>][-seed<seed>]"},
     "seed": {"default": 0, "type": int},
     "device": {"help": "cpu, cuda or cuda:N; default: cuda if there is one"},
 }
@@ -592,16 +620,27 @@ def read_flags(**others):
         for flag, value in vars(args).items()
         if flag in COMMON and value != parser.get_default(flag)
     ]
-    preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
+    usual = "tiny" if args.dataset == "toy" else "paper"
+    preset = args.preset or usual
     for flag, (*values, least, most, text) in FLAGS.items():
         if getattr(args, flag) is None:
             setattr(args, flag, values[PRESETS.index(preset)])
         if not least <= getattr(args, flag) <= most:
             fail(f"{flag} is {getattr(args, flag)}, not {least} to {most}: {text}")
     args.settings = {flag: getattr(args, flag) for flag in FLAGS}
-    name = Path(args.dataset).resolve().name
-    args.common = {"dataset": name, "net": args.net, "preset": preset, "seed": args.seed}
-    args.out = args.out or Path("runs", f"{name}-{args.net}")
+    if not 0 <= args.seed < 2**31:
+        fail(f"--seed is {args.seed}, not 0 to {2**31 - 1}")
+    folder, built_in = Path(args.dataset).resolve(), args.dataset in ("cifar10", "cifar100", "toy")
+    if built_in and (folder / "train").is_dir():
+        fail(f"--dataset {args.dataset}: write ./{args.dataset}, or rename the folder of this name")
+    dataset = args.dataset if built_in else str(folder)  # two folders may have one last name
+    args.common = {"dataset": dataset, "net": args.net, "preset": preset, "seed": args.seed}
+    name = f"{folder.name}-{args.net}"
+    if preset != usual:
+        name += f"-{preset}"
+    if args.seed:
+        name += f"-seed{args.seed}"
+    args.out = args.out or Path("runs", name)
     return args
 
 
@@ -616,7 +655,8 @@ def finish(args, rows, wrote, following=""):
 def run_chapter():
     """main(); being stopped, or a file that cannot be read or written, ends it with one line."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a child is ended, too
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal may lack letters
+    if hasattr(sys.stdout, "reconfigure"):  # not if it is closed, or a notebook's
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal may lack letters
     try:
         return main()
     except KeyboardInterrupt:

@@ -90,7 +90,7 @@ def main():
 
     for epoch in range(len(rows), args.epochs):
         begun = time.monotonic()
-        torch.manual_seed((args.seed * 10**6 + epoch) % 2**63)  # so stopping changes no draw
+        torch.manual_seed(args.seed * 10**6 + epoch)  # so stopping changes no draw
         order = torch.randperm(len(data["train"])).to(device)
         losses = torch.zeros(batches, 3, device=device)
         for i in counted(f"epoch {epoch + 1}:", 0, batches, args.epochs - epoch):
@@ -178,7 +178,7 @@ def table1(args, net, data, device):
                 "params": sum(part.numel() for part in network.slices.values()),
                 "macs": counter.get_total_flops() // 2,
             }
-            row |= {key: part.double().mean().item() for key, part in right.items()}
+            row |= {key: part.sum().item() / len(part) for key, part in right.items()}
             rows.append({**row, "made_from": mark})
             if name != alone:  # a search's: best, best_500M, best_random
                 wrote.append(args.out / f"{name.replace('best', 'student')}.pt2")
@@ -434,6 +434,8 @@ def judge(network, images, labels, eps, step_size, steps, batch=100):
     natural = torch.cat([network(x / 255).argmax(1) for x in images.split(batch)]) == labels
     robust = torch.zeros_like(natural)
     for pick in natural.nonzero()[:, 0].split(batch):
+        if len(pick) == 0:  # none is right; nothing splits into one empty piece
+            break
         pick = pick.repeat(batch // len(pick) + 1)[:batch]  # filled up: cuDNN meets one shape
         x, y = images[pick] / 255, labels[pick]
         x_adv = pgd(network, x, lambda z: F.cross_entropy(z, y), start, eps, step_size, steps)
@@ -446,7 +448,7 @@ def accuracies(network, data, args):
     network = calibrated(network, data["calibration"][: args.calibration_images])
     images, labels = data["held_out"][: args.val_images], data["held_out_labels"][: args.val_images]
     right = judge(network, images, labels, args.eps / 255, args.step_size / 255, args.steps)
-    return [part.double().mean().item() for part in right]
+    return [part.sum().item() / len(part) for part in right]
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -478,6 +480,8 @@ def write(path, content):
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path)  # a full disk's has no name
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -516,7 +520,9 @@ def load(path, settings):
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
     for name, value in {**settings, "file": path.name}.items():
         if made_with.get(name) != value:
-            fail(f"{path}: {name} was {made_with.get(name)}, not {value}: --restart or other --out")
+            old = made_with.get(name)  # a folder of images that has moved goes on by its old name
+            way = shlex.join([f"--{name}={old}"]) if name in COMMON else "--restart"
+            fail(f"{path}: {name} was {old}, not {value}: {way} or other --out")
     for name, mark in made_from.items():
         source = path.with_name(name)
         if source.exists() and checksum(source.read_bytes()) != mark:
@@ -554,7 +560,7 @@ COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
     "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
     "preset": {"choices": PRESETS, "help": "of all numbers below; default: paper, for toy tiny"},
-    "out": {"type": Path, "help": "folder of all files; default: runs/<dataset>-<net>"},
+    "out": {"type": Path, "help": "default: runs/<dataset>-<net>[-<preset>][-seed<seed>]"},
     "seed": {"default": 0, "type": int},
     "device": {"help": "cpu, cuda or cuda:N; default: cuda if there is one"},
 }
@@ -581,16 +587,27 @@ def read_flags(**others):
         for flag, value in vars(args).items()
         if flag in COMMON and value != parser.get_default(flag)
     ]
-    preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
+    usual = "tiny" if args.dataset == "toy" else "paper"
+    preset = args.preset or usual
     for flag, (*values, least, most, text) in FLAGS.items():
         if getattr(args, flag) is None:
             setattr(args, flag, values[PRESETS.index(preset)])
         if not least <= getattr(args, flag) <= most:
             fail(f"{flag} is {getattr(args, flag)}, not {least} to {most}: {text}")
     args.settings = {flag: getattr(args, flag) for flag in FLAGS}
-    name = Path(args.dataset).resolve().name
-    args.common = {"dataset": name, "net": args.net, "preset": preset, "seed": args.seed}
-    args.out = args.out or Path("runs", f"{name}-{args.net}")
+    if not 0 <= args.seed < 2**31:
+        fail(f"--seed is {args.seed}, not 0 to {2**31 - 1}")
+    folder, built_in = Path(args.dataset).resolve(), args.dataset in ("cifar10", "cifar100", "toy")
+    if built_in and (folder / "train").is_dir():
+        fail(f"--dataset {args.dataset}: write ./{args.dataset}, or rename the folder of this name")
+    dataset = args.dataset if built_in else str(folder)  # two folders may have one last name
+    args.common = {"dataset": dataset, "net": args.net, "preset": preset, "seed": args.seed}
+    name = f"{folder.name}-{args.net}"
+    if preset != usual:
+        name += f"-{preset}"
+    if args.seed:
+        name += f"-seed{args.seed}"
+    args.out = args.out or Path("runs", name)
     return args
 
 
@@ -603,6 +620,7 @@ def pick_device(args):
     except Exception as error:  # of many kinds
         fail(f"--device {name}: {str(error).splitlines()[0]}")
     bf16 = torch.cuda.is_initialized() and torch.cuda.is_bf16_supported(including_emulation=False)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is what is said; bf16 is not touched
     precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     return device, precision, f"{device} in {'bf16' if bf16 else 'float32'}"
 
@@ -629,7 +647,8 @@ def finish(args, rows, wrote, following=""):
 def run_chapter():
     """main(); being stopped, or a file that cannot be read or written, ends it with one line."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a child is ended, too
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal may lack letters
+    if hasattr(sys.stdout, "reconfigure"):  # not if it is closed, or a notebook's
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal may lack letters
     try:
         return main()
     except KeyboardInterrupt:

@@ -45,7 +45,7 @@ import torch.nn.functional as F
 # fmt: off
 FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
     "students": (2000, 300, 40, 4, 10**6, "students to measure; paper 2000 (section 5.2)"),
-    "test_students": (300, 60, 10, 2, 10**6, "of them, kept to test the predictor; paper 300"),
+    "test_students": (300, 60, 10, 2, 3000, "of them, kept to test the predictor; paper 300"),
     "images": (1000, 1000, 200, 2, 10**6, "held-out training images for each; paper silent"),
     "eps": (8.0, 8.0, 8.0, 0.2, 255, "change of a pixel, in 1/255: for 0.031 (paper) write 7.9"),
     "step_size": (1.81, 1.81, 1.81, 0.02, 255, "in 1/255: for 0.0071 (paper) write 1.81"),
@@ -140,7 +140,7 @@ def measure(args, network, data):
     row = {}
     for end, count in {"": len(images), "_half": len(images) // 2}.items():
         for name, part in zip(("natural", "robust"), right):
-            row[name + end] = part[:count].double().mean().item()
+            row[name + end] = part[:count].sum().item() / count
     return {**row, "seconds": time.monotonic() - begun}
 
 
@@ -156,7 +156,7 @@ def distinct_students(net, args):
 
 def train_predictor(args, net, students, labels):
     """Fit an MLP to labels (N, 2) of students by mean squared error: {layers, mean, scale}."""
-    torch.manual_seed(args.seed % 2**63)
+    torch.manual_seed(args.seed)
     features = one_hot(net, students)
     mean, scale = labels.mean(0), labels.std(0).clamp(min=1e-4)  # both targets at one scale
     sizes = [features.shape[1], *HIDDEN, 2]
@@ -221,13 +221,15 @@ def widths(args, net, shared, teacher, data):
 
 def pictures(args, network, data):
     """A PNG with a column for each of 8 held-out images that the student gets right: the image, the
-    change x 16 around gray, and their sum; framed green where the student is right, else red."""
+    change x 16 around gray, and their sum; framed green where the student is right, else red. Fewer
+    if it gets fewer right; if none, a wrong one."""
     from torchvision.utils import make_grid, save_image
 
     network = calibrated(network, data["calibration"][: args.calibration_images])
-    x, y = data["held_out"][:100] / 255, data["held_out_labels"][:100]
-    pick = (network(x).argmax(1) != y).int().argsort(stable=True)[:8]
-    x, y = x[pick], y[pick]
+    x, y = data["held_out"][: args.images], data["held_out_labels"][: args.images]
+    right = torch.cat([network(part / 255).argmax(1) for part in x.split(100)]) == y
+    pick = (~right).int().argsort(stable=True)[: right.sum().clamp(1, 8)]
+    x, y = x[pick] / 255, y[pick]
     x_adv = pgd(
         network,
         x,
@@ -439,6 +441,8 @@ def judge(network, images, labels, eps, step_size, steps, batch=100):
     natural = torch.cat([network(x / 255).argmax(1) for x in images.split(batch)]) == labels
     robust = torch.zeros_like(natural)
     for pick in natural.nonzero()[:, 0].split(batch):
+        if len(pick) == 0:  # none is right; nothing splits into one empty piece
+            break
         pick = pick.repeat(batch // len(pick) + 1)[:batch]  # filled up: cuDNN meets one shape
         x, y = images[pick] / 255, labels[pick]
         x_adv = pgd(network, x, lambda z: F.cross_entropy(z, y), start, eps, step_size, steps)
@@ -466,6 +470,8 @@ def write(path, content):
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path)  # a full disk's has no name
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -504,7 +510,9 @@ def load(path, settings):
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
     for name, value in {**settings, "file": path.name}.items():
         if made_with.get(name) != value:
-            fail(f"{path}: {name} was {made_with.get(name)}, not {value}: --restart or other --out")
+            old = made_with.get(name)  # a folder of images that has moved goes on by its old name
+            way = shlex.join([f"--{name}={old}"]) if name in COMMON else "--restart"
+            fail(f"{path}: {name} was {old}, not {value}: {way} or other --out")
     for name, mark in made_from.items():
         source = path.with_name(name)
         if source.exists() and checksum(source.read_bytes()) != mark:
@@ -542,7 +550,7 @@ COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
     "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
     "preset": {"choices": PRESETS, "help": "of all numbers below; default: paper, for toy tiny"},
-    "out": {"type": Path, "help": "folder of all files; default: runs/<dataset>-<net>"},
+    "out": {"type": Path, "help": "default: runs/<dataset>-<net>[-<preset>][-seed<seed>]"},
     "seed": {"default": 0, "type": int},
     "device": {"help": "cpu, cuda or cuda:N; default: cuda if there is one"},
 }
@@ -569,16 +577,27 @@ def read_flags(**others):
         for flag, value in vars(args).items()
         if flag in COMMON and value != parser.get_default(flag)
     ]
-    preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
+    usual = "tiny" if args.dataset == "toy" else "paper"
+    preset = args.preset or usual
     for flag, (*values, least, most, text) in FLAGS.items():
         if getattr(args, flag) is None:
             setattr(args, flag, values[PRESETS.index(preset)])
         if not least <= getattr(args, flag) <= most:
             fail(f"{flag} is {getattr(args, flag)}, not {least} to {most}: {text}")
     args.settings = {flag: getattr(args, flag) for flag in FLAGS}
-    name = Path(args.dataset).resolve().name
-    args.common = {"dataset": name, "net": args.net, "preset": preset, "seed": args.seed}
-    args.out = args.out or Path("runs", f"{name}-{args.net}")
+    if not 0 <= args.seed < 2**31:
+        fail(f"--seed is {args.seed}, not 0 to {2**31 - 1}")
+    folder, built_in = Path(args.dataset).resolve(), args.dataset in ("cifar10", "cifar100", "toy")
+    if built_in and (folder / "train").is_dir():
+        fail(f"--dataset {args.dataset}: write ./{args.dataset}, or rename the folder of this name")
+    dataset = args.dataset if built_in else str(folder)  # two folders may have one last name
+    args.common = {"dataset": dataset, "net": args.net, "preset": preset, "seed": args.seed}
+    name = f"{folder.name}-{args.net}"
+    if preset != usual:
+        name += f"-{preset}"
+    if args.seed:
+        name += f"-seed{args.seed}"
+    args.out = args.out or Path("runs", name)
     return args
 
 
@@ -591,6 +610,7 @@ def pick_device(args):
     except Exception as error:  # of many kinds
         fail(f"--device {name}: {str(error).splitlines()[0]}")
     bf16 = torch.cuda.is_initialized() and torch.cuda.is_bf16_supported(including_emulation=False)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is what is said; bf16 is not touched
     precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     return device, precision, f"{device} in {'bf16' if bf16 else 'float32'}"
 
@@ -617,7 +637,8 @@ def finish(args, rows, wrote, following=""):
 def run_chapter():
     """main(); being stopped, or a file that cannot be read or written, ends it with one line."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a child is ended, too
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal may lack letters
+    if hasattr(sys.stdout, "reconfigure"):  # not if it is closed, or a notebook's
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal may lack letters
     try:
         return main()
     except KeyboardInterrupt:

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 
 # fmt: off
 FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
-    "population": (100, 100, 40, 2, 10**6, "students of a generation; released code 100"),
+    "population": (100, 100, 40, 2, 5000, "students of a generation; released code 100"),
     "generations": (100, 100, 20, 1, 10**6, "paper 100 (section 5.3)"),
     "mutation": (0.1, 0.1, 0.1, 0, 1, "probability of a gene to be drawn anew; paper 0.1"),
 }
@@ -121,7 +121,7 @@ def search(args, net, predictor, budgets, end):
 def nsga2(net, evaluate, population, generations, mutation, seed):
     """Evolve students towards large objectives; evaluate(students) gives them, (N, M), and by how
     much the budget is violated, (N,). Returns the first and the last generation, best first."""
-    rng = random.Random(seed)
+    rng = random.Random(f"{seed} search")  # not the students that the predictor has learned from
 
     def fill(students, draw):  # up to `population` more, all different
         students = dict.fromkeys(students)
@@ -316,11 +316,14 @@ def table(args, name, **wanted):
 
 
 def points(rows, x, y, style="line"):
-    """(style, xs, ys) for plot(), accuracies in %, of the rows that hold two numbers below 1e9."""
+    """(style, xs, ys) for plot(), accuracies in %, of the rows that hold two numbers below 1e9 and
+    are within their budget."""
 
     def value(row, name):
         share = name.startswith(("natural", "robust", "predicted", "pgd")) and "kl" not in name
         try:
+            if float(row.get("macs", 0)) / 1e6 > float(row.get("max_macs", "inf")):
+                return math.nan
             return float(row[name]) * (100 if share else 1)
         except (KeyError, TypeError, ValueError):
             return math.nan
@@ -497,6 +500,8 @@ def write(path, content):
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path)  # a full disk's has no name
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -535,7 +540,9 @@ def load(path, settings):
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
     for name, value in {**settings, "file": path.name}.items():
         if made_with.get(name) != value:
-            fail(f"{path}: {name} was {made_with.get(name)}, not {value}: --restart or other --out")
+            old = made_with.get(name)  # a folder of images that has moved goes on by its old name
+            way = shlex.join([f"--{name}={old}"]) if name in COMMON else "--restart"
+            fail(f"{path}: {name} was {old}, not {value}: {way} or other --out")
     for name, mark in made_from.items():
         source = path.with_name(name)
         if source.exists() and checksum(source.read_bytes()) != mark:
@@ -563,7 +570,7 @@ COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
     "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
     "preset": {"choices": PRESETS, "help": "of all numbers below; default: paper, for toy tiny"},
-    "out": {"type": Path, "help": "folder of all files; default: runs/<dataset>-<net>"},
+    "out": {"type": Path, "help": "default: runs/<dataset>-<net>[-<preset>][-seed<seed>]"},
     "seed": {"default": 0, "type": int},
     "device": {"help": "cpu, cuda or cuda:N; default: cuda if there is one"},
 }
@@ -590,16 +597,27 @@ def read_flags(**others):
         for flag, value in vars(args).items()
         if flag in COMMON and value != parser.get_default(flag)
     ]
-    preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
+    usual = "tiny" if args.dataset == "toy" else "paper"
+    preset = args.preset or usual
     for flag, (*values, least, most, text) in FLAGS.items():
         if getattr(args, flag) is None:
             setattr(args, flag, values[PRESETS.index(preset)])
         if not least <= getattr(args, flag) <= most:
             fail(f"{flag} is {getattr(args, flag)}, not {least} to {most}: {text}")
     args.settings = {flag: getattr(args, flag) for flag in FLAGS}
-    name = Path(args.dataset).resolve().name
-    args.common = {"dataset": name, "net": args.net, "preset": preset, "seed": args.seed}
-    args.out = args.out or Path("runs", f"{name}-{args.net}")
+    if not 0 <= args.seed < 2**31:
+        fail(f"--seed is {args.seed}, not 0 to {2**31 - 1}")
+    folder, built_in = Path(args.dataset).resolve(), args.dataset in ("cifar10", "cifar100", "toy")
+    if built_in and (folder / "train").is_dir():
+        fail(f"--dataset {args.dataset}: write ./{args.dataset}, or rename the folder of this name")
+    dataset = args.dataset if built_in else str(folder)  # two folders may have one last name
+    args.common = {"dataset": dataset, "net": args.net, "preset": preset, "seed": args.seed}
+    name = f"{folder.name}-{args.net}"
+    if preset != usual:
+        name += f"-{preset}"
+    if args.seed:
+        name += f"-seed{args.seed}"
+    args.out = args.out or Path("runs", name)
     return args
 
 
@@ -625,7 +643,8 @@ def finish(args, rows, wrote, following=""):
 def run_chapter():
     """main(); being stopped, or a file that cannot be read or written, ends it with one line."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a child is ended, too
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal may lack letters
+    if hasattr(sys.stdout, "reconfigure"):  # not if it is closed, or a notebook's
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal may lack letters
     try:
         return main()
     except KeyboardInterrupt:

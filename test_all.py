@@ -19,6 +19,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.datasets.folder import Image
+from torchvision.datasets.folder import Image, ImageFolder
 from torchvision.models.mobilenetv3 import InvertedResidual, InvertedResidualConfig
 from torchvision.ops import Conv2dNormActivation
 from torchvision.utils import save_image
@@ -41,6 +42,7 @@ HAS_GPU, GPUS = torch.cuda.is_available(), os.environ.get("CUDA_VISIBLE_DEVICES"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for one test alone: training there varies from run to run
 os.environ["OMP_NUM_THREADS"] = "1"  # two chains on two cores
 torch.set_num_threads(1)
+signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops the chains, too
 HERE, SEED = Path(__file__).parent, int(os.environ.get("SEED", 0))
 NAMES = ["01_dynamic_net", "02_teacher_trades", "03_progressive_rslad", "04_predictor", "05_nsga2"]
 c1, c2, c3, c4, c5 = CHAPTERS = [*map(importlib.import_module, NAMES)]
@@ -90,6 +92,8 @@ def run(root, number, *words, code=0, quick=True):
                 CHAPTERS[number - 1].run_chapter()
             except SystemExit as stop:
                 exited = stop.code or 0
+    if exited == 130:  # stopped: so are the tests
+        raise KeyboardInterrupt
     out, err = (stream.flush() or stream.buffer.getvalue().decode() for stream in (out, err))
     assert exited == code, out + err
     assert err.count("\n") == (1 if code else 0), err
@@ -150,7 +154,7 @@ def chains(request, tmp_path_factory):
         if net not in printed:
             printed[net] = processes[net].communicate()[0]
         assert processes[net].returncode == 0, printed[net]
-        return root / f"runs/toy-{net}", printed[net]
+        return root / f"runs/toy-{net}{f'-seed{SEED}' * (SEED > 0)}", printed[net]
 
     yield wait
     for process in processes.values():
@@ -179,8 +183,9 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def folder(finished, tmp_path):
-    """A copy of that folder, for tests that change it."""
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    """A copy of that folder, for tests that change run/; shades/ is a link, to the same images."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+    os.symlink(finished / "shades", tmp_path / "shades")
     return tmp_path
 
 
@@ -369,6 +374,21 @@ def test_robust_accuracy_counts_images_right_before_and_after_the_attack():
     assert torch.equal(again, weak[order])
     c4.judge(network, images, labels, 0.01, 0.01, 1)  # FGSM starts at the image
     assert torch.equal(asked[-2][: natural.sum()], images[natural] / 255)
+
+
+def test_judging_when_no_image_is_right_and_where_there_are_no_doubles(finished, monkeypatch):
+    net, data = (read(finished / f"run/{name}.pt") for name in ("01_dynamic_net", "01_images"))
+    data["held_out_labels"] += 3
+    args = SimpleNamespace(
+        calibration_images=60, images=18, val_images=9, eps=8, step_size=2, steps=2
+    )
+    monkeypatch.setattr(torch.Tensor, "double", None)  # as on "mps"
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    c2.pick_device(SimpleNamespace(device="cpu"))
+    assert not torch.backends.cudnn.allow_tf32  # judging is in float32
+    network = c4.Network(net, net["weights"], c4.student_at(net, 0))
+    assert c2.accuracies(network, data, args) == [0, 0]
+    assert c4.measure(args, network, data)["robust_half"] == 0
 
 
 def test_calibration_is_pytorchs_average_over_batches():
@@ -590,6 +610,20 @@ def test_the_report_is_of_all_pairs():
         assert abs(row["moves by"] - 0.04 / 2**0.5) < 1e-9  # half the variance of the halves' gap
 
 
+@pytest.mark.parametrize("right, columns", [(range(140), 8), ([120, 130], 2), ([], 1)])
+def test_pictures_are_of_images_that_are_right(monkeypatch, right, columns):
+    images, labels = torch.zeros(150, 3, 32, 32).byte(), torch.ones(150, dtype=int)
+    images[[*right]] = 255
+    network = lambda x: torch.stack([1 - x.mean((1, 2, 3)), x.mean((1, 2, 3))], 1)
+    monkeypatch.setattr(c4, "calibrated", lambda network, images: network)
+    args = SimpleNamespace(images=150, eps=8, step_size=8, steps=1, calibration_images=9)
+    data = {"calibration": images, "held_out": images, "held_out_labels": labels}
+    grid = np.asarray(Image.open(io.BytesIO(c4.pictures(args, network, data))))
+    assert grid.shape == (332, 2 + 110 * columns, 3)
+    frames = grid[4, 4::110]
+    assert (frames == ([0, 153, 0] if right else [255, 0, 0])).all()
+
+
 # ---- Chapter 5: NSGA-II, and the figures ---------------------------------------------------------
 def beats(a, b, violation_a=0.0, violation_b=0.0):
     if violation_a != violation_b:
@@ -646,12 +680,27 @@ def test_nsga2_reaches_the_true_front_and_keeps_the_budget(monkeypatch):
     assert np.mean([first[0].index(mother) for mother in mothers[:60]]) < 25  # the better of two
 
 
+def test_the_search_begins_with_students_of_its_own(finished):
+    genes = read(finished / "run/01_dynamic_net.pt")["genes"]
+    rows = rows_of(finished / "run/05_population.csv")
+    first = [row for row in rows if row["generation"] == "first"]
+    known, drawn = (
+        {tuple(row[gene] for gene in genes) for row in part}
+        for part in (rows_of(finished / "run/04_students.csv"), first)
+    )
+    assert len(known & drawn) < 4  # else they would be predicted too well
+
+
 # ---- Baselines and table 1 -----------------------------------------------------------------------
 def test_baselines_make_table_1_and_the_costs(folder):
     """TRADES and RSLAD of one student, by our teacher and by an exported one; three budgets."""
     out, fixed = folder / "run", ["--epochs", 1, "--sampling", "fixed", "--student"]
     least = run(folder, 5, "--max-macs", 0.1, code=2).split()[6]  # where budgets begin, it says
     run(folder, 5, "--max-macs", least, 2.3, 2.3000001, "--restart")
+    rows = [row for row in rows_of(out / "05_population.csv") if row["generation"] == "first"]
+    fit = [row for row in rows if float(row["macs"]) <= 1e6 * float(row["max_macs"])]
+    drawn = (out / "05_population.svg").read_text().count(f'r="3" fill="{c5.COLOURS[0]}"')
+    assert drawn == len(fit) + 3 < len(rows)  # a dot in each legend
     assert {path.name for path in out.glob("student*")} == {
         f"student_{budget}M.pt2" for budget in (least, 2.3, 2.3000001)
     }
@@ -807,6 +856,40 @@ def test_two_runs_with_other_settings_do_not_overwrite_each_other(folder, monkey
     assert (out / "02_usual.pt").read_bytes() == other
 
 
+@pytest.mark.parametrize("number", QUICK)
+def test_an_interrupt_stops_the_tests(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(CHAPTERS[number - 1], "main", lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, number)
+
+
+@pytest.mark.parametrize("stdout", [None, io.StringIO()])  # closed, and a notebook's
+def test_any_stdout(finished, monkeypatch, stdout):
+    monkeypatch.chdir(finished)
+    monkeypatch.setattr(sys, "argv", command(1))
+    monkeypatch.setattr(sys, "stdout", stdout)
+    c1.run_chapter()
+    assert stdout is None or "earlier" in stdout.getvalue()
+
+
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (OSError(28, "No space left on device"), "data could not be read or written: No space"),
+        (OSError("no host"), "could not be downloaded (OSError): put cifar-10-python.tar.gz into"),
+        (ConnectionResetError(104, "Connection reset"), "could not be downloaded (ConnectionRes"),
+    ],
+)
+def test_what_fails_is_named(folder, monkeypatch, error, says):
+    fail = lambda *_, **__: (_ for _ in ()).throw(error)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.__init__", fail)
+    assert says in run(folder, 1, "--dataset", "cifar10", "--out", "new", code=2)
+    if error.errno == 28:
+        monkeypatch.setattr(Path, "write_bytes", fail)
+        says = "run/01_images.pt could not be read or written: No space left on device"
+        assert says in run(folder, 1, "--restart", code=2)
+
+
 # ---- Bad input: one line, exit code 2, nothing lost ----------------------------------------------
 class Code:
     """Unpickled the usual way, this would write a file."""
@@ -874,11 +957,16 @@ def test_bad_files(folder, number, file):
         (2, ["--step-size", 0.0078], "in 1/255: for 0.0078 write 2"),
         (3, ["--student", "usual"], "go together"),
         (3, ["--sampling", "fixed", "--student", "b"], "choose --student from largest"),
+        (1, ["--seed", -1], "--seed is -1, not 0 to 2147483647"),
         (3, ["--teacher", "shades/train/dark/0.png", "--restart"], "--teacher shades"),
+        (3, ["--teacher", "run/02_teacher.pt", "--restart"], "not what torch.export.save wrote"),
         (3, ["--lr", 1e3, "--warmup", 0.001, "--restart"], "loss is not finite"),
         (3, ["--epochs", 3], "epochs was 2, not 3: --restart"),
         (4, ["--eps", 0.031], "in 1/255: for 0.031 (paper) write 7.9"),
         (5, ["--mutation", 1.5], "mutation is 1.5, not 0 to 1"),
+        (4, ["--test-students", 10**5], "test_students is 100000, not 2 to 3000"),
+        (5, ["--population", 10**5], "population is 100000, not 2 to 5000"),  # N x N numbers
+        (5, ["--preset", "quick"], "preset was tiny, not quick: --preset=tiny or other --out"),
         (5, ["--max-macs", 2e6], "--max-macs is in millions"),
     ],
 )
@@ -891,7 +979,10 @@ def test_bad_flags(folder, number, words, says):
 @pytest.mark.parametrize(
     "spoil, says",
     [
-        (lambda root: (root / "train/dark/7.png").write_bytes(b""), "dark/7.png cannot be used"),
+        (
+            lambda root: [(root / f"train/dark/{n}.png").write_bytes(b"") for n in (7, 8)],
+            "7.png (cannot identify image file), spoilt/train/dark/8.png (cannot identify image",
+        ),
         (lambda root: shutil.rmtree(root / "test/dark"), "train/ and test/ differ in ['dark']"),
         (
             lambda root: [shutil.rmtree(path) for path in root.glob("train/[!b]*")],
@@ -900,25 +991,67 @@ def test_bad_flags(folder, number, words, says):
     ],
 )
 def test_bad_folders(folder, spoil, says):
-    spoil(folder / "shades")
-    assert says in run(folder, 1, "--out", "new", code=2)
+    spoil(shutil.copytree(folder / "shades", folder / "spoilt"))
+    assert says in run(folder, 1, "--dataset", "spoilt", "--out", "new", code=2)
     assert not list((folder / "new").iterdir())
 
 
+@pytest.mark.parametrize(
+    "words, dataset, name",
+    [
+        ("--dataset=toy --net=mbv3", "toy", "toy-mbv3"),
+        ("--preset=paper", "cifar10", "cifar10-resnet50"),
+        ("--preset=quick --seed=1", "cifar10", "cifar10-resnet50-quick-seed1"),
+        ("--dataset=./toy", "/toy", "toy-resnet50"),
+        ("--dataset=a/../b/c --preset=tiny", "/b/c", "c-resnet50-tiny"),
+    ],
+)
+def test_what_is_not_the_default_is_in_the_folders_name(
+    tmp_path, monkeypatch, words, dataset, name
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["chapter.py", *words.split()])
+    args = c5.read_flags()
+    assert args.out == Path("runs", name)
+    assert args.common["dataset"] == (f"{tmp_path}{dataset}" if "/" in dataset else dataset)
+
+
+def test_two_data_sets_of_one_name_are_told_apart(folder):
+    shutil.copytree(folder / "shades", folder / "other/shades")  # or the same one, moved there
+    said = run(folder, 5, "--dataset", "other/shades", code=2)
+    assert f"dataset was {(folder / 'shades').resolve()}, not {folder}/other/shades: " in said
+    assert "earlier" in run(folder, 2, said.split()[-4])  # what it says goes on
+    (folder / "toy/train").mkdir(parents=True)
+    assert "write ./toy" in run(folder, 1, "--dataset", "toy", "--out", "new", code=2)
+
+
+def test_linked_folders_are_read(finished, tmp_path):
+    train = shutil.copytree(finished / "shades/test", tmp_path / "images/train")
+    (train / "dark").rename(tmp_path / "disk")
+    for link in ("dark", "bright/one", "bright/two"):  # a class, and twice parts of one
+        os.symlink(tmp_path / "disk", train / link)
+    assert len(c1.folder_images(train.parent, "train")[0]) == len(ImageFolder(train)) == 75
+    os.symlink(train / "bright", tmp_path / "disk/loop")
+    assert len(c1.folder_images(train.parent, "train")[0]) > 75  # it ends
+
+
 def test_other_images_are_noticed(folder):
-    dark = folder / "shades/train/dark"
+    dark = shutil.copytree(folder / "shades", folder / "own") / "train/dark"
+    words = "--dataset", "own", "--out", "new"
+    run(folder, 1, *words)
+    run(folder, 2, *words, "--epochs", 1)
     shutil.copy(dark / "1.png", dark / "0.png")
     for hidden in (dark / ".thumbnails", dark.with_name(".ipynb_checkpoints")):
         shutil.copytree(folder / "shades/test/dark", hidden)
     (dark / "1.gif").touch()
-    (folder / "shades").rename(folder / "moved")
-    assert "earlier" in run(folder, 2)  # the run needs them no more
-    assert "162 train, 18 held_out, 45 test images" in run(folder, 1)
-    (folder / "moved").rename(folder / "shades")
-    printed = run(folder, 1, "--restart")
+    (folder / "own").rename(folder / "moved")
+    assert "earlier" in run(folder, 2, *words, "--epochs", 1)  # the run needs them no more
+    assert "162 train, 18 held_out, 45 test images" in run(folder, 1, *words)
+    (folder / "moved").rename(folder / "own")
+    printed = run(folder, 1, *words, "--restart")
     assert "180 images of 3 classes; 1 other files" in printed
     assert "in this order: bright, dark, middling, gr?n" in printed
-    assert "data was" in run(folder, 2, code=2)
+    assert "data was" in run(folder, 2, *words, code=2)
 
 
 def test_a_picture_is_read_as_viewers_show_it(tmp_path):
@@ -945,7 +1078,7 @@ def test_a_picture_is_read_as_viewers_show_it(tmp_path):
     for path in tmp_path.iterdir():
         assert (c1.picture(path) == gray[:, :, None]).all(), path.name
     Image.fromarray(gray.astype(np.int32)).save(tmp_path / "a.tif")
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError):
         c1.picture(tmp_path / "a.tif")
 
 

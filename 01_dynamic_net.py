@@ -43,8 +43,111 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+
+# ---- The idea: a student's weights are slices of shared ones -------------------------------------
+class Slices:
+    """Layers whose weights are leading slices of shared ones: as many outputs as are asked for, as
+    many inputs as there are. Taken in the first call; gradients flow back through them."""
+
+    def __init__(self, shared):
+        self.shared, self.slices = shared, {}  # {name: a whole weight}, {name: the slice of it}
+
+    def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
+        """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
+        if name not in self.slices:
+            with torch.enable_grad():  # for later calls; the first one may be without
+                weight = self.shared[name][:out, : 1 if depthwise else x.shape[1]]
+                while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
+                    side = weight.shape[-1] - 2
+                    centre = weight[:, :, 1:-1, 1:-1].reshape(out, side * side)
+                    weight = (centre @ self.shared[f"{name}_to{side}"]).view(out, 1, side, side)
+                self.slices[name] = weight.contiguous(memory_format=torch.channels_last)
+        bias, groups = self.vector(f"{name}_bias", out) if bias else None, out if depthwise else 1
+        return F.conv2d(x, self.slices[name], bias, stride, kernel // 2, groups=groups)
+
+    def vector(self, name, size):
+        if name not in self.slices:
+            with torch.enable_grad():
+                self.slices[name] = self.shared[name][:size]
+        return self.slices[name]
+
+
+def show_slice():
+    """The idea of the paper in one layer: half of its channels are a layer, too."""
+    shared = {"layer": torch.randn(8, 6, 3, 3, requires_grad=True)}  # outputs, inputs, 3 x 3
+    student, x = Slices(shared), torch.randn(1, 3, 5, 5)  # an image with half of the inputs
+    y = student.conv("layer", x, out=4, kernel=3)  # (1, 4, 5, 5): half of the outputs
+    alone = F.conv2d(x, shared["layer"][:4, :3], padding=1)  # a layer that has this slice alone
+    y.sum().backward()
+    reached = (shared["layer"].grad != 0).float()  # which weights the gradient reaches
+    inside, others, unread = reached[:4, :3], reached[4:], reached[:, 3:]
+    print(f"""
+half of a layer's channels are a layer: {tuple(inside.shape)} of {tuple(reached.shape)} weights
+it differs from a layer that has this slice alone by {(alone - y).abs().max():.0e}: rounding
+the gradient reaches {inside.mean():.0%} of the slice, and of the weights outside
+{others.mean():.0%} of the other outputs' and {unread.mean():.0%} of the other inputs'
+""")
+
+
+# ---- The lesson: students of one network ---------------------------------------------------------
 FLAGS = {}  # flag: (paper, quick, tiny, least, most, help); this chapter has none of its own
 
+
+def main():
+    args = read_flags()
+    checkpoint = args.out / "01_dynamic_net.pt"
+    if checkpoint.exists() and not args.restart:
+        print(load(checkpoint, args.common)["summary"])
+        when = f"earlier, {time.ctime(checkpoint.stat().st_mtime)} (--restart reads anew)"
+        return finish(args, [], [checkpoint, when], CHAPTERS[1])
+    show_slice()
+    print(f"the images of {args.dataset}, and {args.net} on the CPU in float32")
+    args.out.mkdir(parents=True, exist_ok=True)
+    images = read_images(args)
+    for old in (checkpoint, args.out / "01_images.pt"):
+        old.unlink(missing_ok=True)
+    save(args.out / "01_images.pt", args.common, [], **images)
+    images = load(args.out / "01_images.pt", args.common)  # with its checksum, the mark
+    counts = ", ".join(f"{len(images[part])} {part}" for part in ("train", "held_out", "test"))
+    summary = f"{args.dataset}: {counts} images; logits in this order: {', '.join(images['names'])}"
+    print(summary)
+    net = make_net(args.net, args.common["preset"], len(images["names"]))
+    print(f"{len(net['genes'])} genes, {count_students(net):,} students")
+    torch.manual_seed(args.seed)
+    shared, rng = random_weights(net), random.Random(args.seed)
+    students = {"largest": student_at(net, -1), "smallest": student_at(net, 0), "usual": usual(net)}
+    students |= {f"random_{number}": sample(net, rng) for number in range(1, 6)}
+    print("a student is one choice for each gene, 0 where its block is switched off; random_1 is")
+    print(dict(zip(net["genes"], students["random_1"])))
+    print(EXPLAINED)
+    x = images["test"][:8] / 255
+    rows, table = [], []
+    for name, student in students.items():
+        network = Network(net, shared, student)
+        logits = network(x)
+        alone = Network(net, {key: part.clone() for key, part in network.slices.items()}, student)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network(x[:1])
+        macs = counter.get_total_flops() // 2  # of one image; a multiply-accumulate is two
+        params = sum(part.numel() for part in network.slices.values())
+        genes = dict(zip(net["genes"], student))
+        rows.append({"student": name, **genes, "params": params, "macs": macs})
+        table.append(
+            {
+                "student": name,
+                "M parameters": params / 1e6,
+                "M MACs": macs / 1e6,
+                "alone it differs": (alone(x) - logits).abs().max().item(),
+            }
+        )
+    write_csv(args.out / "01_students.csv", rows)
+    settings = args.common | {"data": images["mark"]}  # later chapters notice other images
+    save(checkpoint, settings, [], weights=shared, students=students, summary=summary, **net)
+    files = "01_images.pt", "01_students.csv", "01_dynamic_net.pt"
+    finish(args, table, [args.out / name for name in files], CHAPTERS[1])
+
+
+# ---- Genotypes: what may vary --------------------------------------------------------------------
 # fmt: off
 NETWORKS = {  # sections 4.3 and 5.0.1; "tiny" is of the same construction, for laptops and tests
     ("resnet50", "paper"): {
@@ -72,65 +175,13 @@ NETWORKS = {  # sections 4.3 and 5.0.1; "tiny" is of the same construction, for 
 }
 # fmt: on
 
-
-# ---- The lesson: a network that contains networks ------------------------------------------------
-def main():
-    args = read_flags(data_dir={"type": Path, "default": Path("data"), "help": "for CIFAR's files"})
-    checkpoint = args.out / "01_dynamic_net.pt"
-    if checkpoint.exists() and not args.restart:
-        print(load(checkpoint, args.common)["summary"])
-        when = f"earlier, {time.ctime(checkpoint.stat().st_mtime)} (--restart reads anew)"
-        return finish(args, [], [checkpoint, when], CHAPTERS[1])
-    print(f"the images of {args.dataset}, and {args.net} on the CPU in float32")
-    args.out.mkdir(parents=True, exist_ok=True)
-    images = read_images(args)
-    for old in (checkpoint, args.out / "01_images.pt"):
-        old.unlink(missing_ok=True)
-    save(args.out / "01_images.pt", args.common, [], **images)
-    images = load(args.out / "01_images.pt", args.common)  # with its checksum, the mark
-    counts = ", ".join(f"{len(images[part])} {part}" for part in ("train", "held_out", "test"))
-    summary = f"{args.dataset}: {counts} images; logits in this order: {', '.join(images['names'])}"
-    print(summary)
-    net = make_net(args.net, args.common["preset"], len(images["names"]))
-    print(f"{len(net['genes'])} genes, {count_students(net):,} students")
-    torch.manual_seed(args.seed)
-    shared, rng = random_weights(net), random.Random(args.seed)
-    students = {"largest": student_at(net, -1), "smallest": student_at(net, 0), "usual": usual(net)}
-    students |= {f"random_{number}": sample(net, rng) for number in range(1, 6)}
-    print(f"""
-a student is one choice for each gene, 0 where its block is switched off; random_1 is
-{dict(zip(net["genes"], students["random_1"]))}
+EXPLAINED = """
 depth: blocks of a stage (ResNet: beyond the least), or a second layer of the stem; width: channels
 of a stage, the stem, its middle, as a share of the largest's; kernel: side of a depthwise kernel;
 expand: channels inside a block, as a multiple of those outside
-""")
-    x = images["test"][:8] / 255
-    rows, table = [], []
-    for name, student in students.items():
-        network = Network(net, shared, student)
-        logits = network(x)
-        alone = Network(net, {key: part.clone() for key, part in network.slices.items()}, student)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            network(x[:1])
-        macs = counter.get_total_flops() // 2  # of one image; a multiply-accumulate is two
-        params = sum(part.numel() for part in network.slices.values())
-        genes = dict(zip(net["genes"], student))
-        rows.append({"student": name, **genes, "params": params, "macs": macs})
-        table.append(
-            {
-                "student": name,
-                "M parameters": params / 1e6,
-                "M MACs": macs / 1e6,
-                "alone it differs": (alone(x) - logits).abs().max().item(),
-            }
-        )
-    share = gradient_share(net, shared, students["smallest"], images, "1_1_last")
-    print(f"the smallest student's gradient reaches {share:.0%} of 1_1_last (stage_block_layer)\n")
-    write_csv(args.out / "01_students.csv", rows)
-    settings = args.common | {"data": images["mark"]}  # later chapters notice other images
-    save(checkpoint, settings, [], weights=shared, students=students, summary=summary, **net)
-    files = "01_images.pt", "01_students.csv", "01_dynamic_net.pt"
-    finish(args, table, [args.out / name for name in files], CHAPTERS[1])
+
+"alone it differs": by how much logits change in a network that has this slice alone; to be 0
+"""
 
 
 def make_net(name, preset, classes):
@@ -139,14 +190,6 @@ def make_net(name, preset, classes):
     net = {**NETWORKS[name, "tiny" if preset == "tiny" else "paper"], "classes": classes}
     genes, switches = mobilenet_genes(net) if name == "mbv3" else resnet_genes(net)
     return {**net, "genes": genes, "switches": switches}
-
-
-def random_weights(net):
-    """All shared weights: those of the largest student, of which every other one sees a part."""
-    shared = {}
-    RandomWeights(net, shared, student_at(net, -1))(torch.zeros(2, 3, 32, 32))
-    shared["classifier"] *= 0.1  # start near the uniform answer
-    return shared
 
 
 def resnet_genes(net):
@@ -173,6 +216,30 @@ def mobilenet_genes(net):
                 genes[f"{kind}_{i}_{j}"] = net[kind]
                 switches[f"{kind}_{i}_{j}"] = (f"depth_{i}", j)
     return genes, switches
+
+
+def canonical(net, student):
+    """The one genotype of a student: genes of blocks that its depths switch off are 0."""
+    chosen = dict(zip(net["genes"], student))
+    off = [gene for gene, (depth, least) in net["switches"].items() if chosen[depth] < least]
+    return tuple((chosen | dict.fromkeys(off, 0)).values())
+
+
+def student_at(net, place):
+    """The student that takes this choice of every gene: -1 the largest, 0 the smallest."""
+    return canonical(net, [choices[place] for choices in net["genes"].values()])
+
+
+def sample(net, rng, varies="", base=()):
+    """A student: genes of kinds in varies ("": all, (): none) at random, the others of `base`."""
+    genes = zip(net["genes"].items(), base or student_at(net, -1))
+    return canonical(
+        net,
+        [
+            rng.choice(choices) if gene.startswith(varies) else kept
+            for (gene, choices), kept in genes
+        ],
+    )
 
 
 def usual(net):
@@ -202,54 +269,22 @@ def count_students(net):
     return total
 
 
-def gradient_share(net, shared, student, images, name):
-    """The share of a shared weight's numbers that the gradient of a student's loss reaches."""
-    leaves = {key: weight.clone().requires_grad_() for key, weight in shared.items()}
-    network = Network(net, leaves, student)
-    F.cross_entropy(network(images["test"][:16] / 255), images["test_labels"][:16]).backward()
-    return (leaves[name].grad != 0).double().mean().item()
-
-
-# ---- The network: genotype -> slices of the shared weights -> logits -----------------------------
+# ---- The two networks: genotype -> slices of the shared weights -> logits ------------------------
 def divisible(channels):
     """The nearest multiple of 8 that is at least 8 and not below 90 % of `channels`."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
-def canonical(net, student):
-    """The one genotype of a student: genes of blocks that its depths switch off are 0."""
-    chosen = dict(zip(net["genes"], student))
-    off = [gene for gene, (depth, least) in net["switches"].items() if chosen[depth] < least]
-    return tuple((chosen | dict.fromkeys(off, 0)).values())
-
-
-def student_at(net, place):
-    """The student that takes this choice of every gene: -1 the largest, 0 the smallest."""
-    return canonical(net, [choices[place] for choices in net["genes"].values()])
-
-
-def sample(net, rng, varies="", base=()):
-    """A student: genes of kinds in varies ("": all, (): none) at random, the others of `base`."""
-    genes = zip(net["genes"].items(), base or student_at(net, -1))
-    return canonical(
-        net,
-        [
-            rng.choice(choices) if gene.startswith(varies) else kept
-            for (gene, choices), kept in genes
-        ],
-    )
-
-
-class Network:
+class Network(Slices):
     """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its weights are
-    leading slices of the shared ones, taken in the first call: after an SGD step, make a new one.
-    Batch norm has the batch's statistics, as in training; frozen() has those of the last call."""
+    slices as they were in the first call: after an SGD step, make a new one. Batch norm has the
+    batch's statistics, as in training; frozen() has those of the last call."""
 
-    def __init__(self, net, weights, student):
-        self.net, self.shared = net, weights
-        self.choice = dict(zip(net["genes"], student))
-        self.slices, self.stats = {}, {}  # {name: part of a weight}, {name: (mean, variance)}
+    def __init__(self, net, shared, student):
+        super().__init__(shared)
+        self.net, self.choice = net, dict(zip(net["genes"], student))
+        self.stats = {}  # {layer: (mean, variance) of its output's channels}
         self.averaging, self.fixed = 1.0, False  # the next batch's weight in stats; are they fixed
 
     def __call__(self, x):
@@ -322,25 +357,6 @@ class Network:
             self.stats[name] = scale.new_zeros(2, out)  # updated in place
         return F.batch_norm(x, *self.stats[name], scale, shift, True, self.averaging)
 
-    def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
-        """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
-        if name not in self.slices:
-            with torch.enable_grad():  # for later calls; the first one may be without
-                weight = self.shared[name][:out, : 1 if depthwise else x.shape[1]]
-                while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
-                    side = weight.shape[-1] - 2
-                    centre = weight[:, :, 1:-1, 1:-1].reshape(out, side * side)
-                    weight = (centre @ self.shared[f"{name}_to{side}"]).view(out, 1, side, side)
-                self.slices[name] = weight.contiguous(memory_format=torch.channels_last)
-        bias, groups = self.vector(f"{name}_bias", out) if bias else None, out if depthwise else 1
-        return F.conv2d(x, self.slices[name], bias, stride, kernel // 2, groups=groups)
-
-    def vector(self, name, size):
-        if name not in self.slices:
-            with torch.enable_grad():
-                self.slices[name] = self.shared[name][:size]
-        return self.slices[name]
-
 
 class RandomWeights(Network):
     """Draws each shared weight when one of the largest student's layers first asks for it: He et
@@ -360,7 +376,46 @@ class RandomWeights(Network):
         return super().vector(name, size)
 
 
-# ---- Data ----------------------------------------------------------------------------------------
+def random_weights(net):
+    """All shared weights: those of the largest student, of which every other one sees a part."""
+    shared = {}
+    RandomWeights(net, shared, student_at(net, -1))(torch.zeros(2, 3, 32, 32))
+    shared["classifier"] *= 0.1  # start near the uniform answer
+    return shared
+
+
+# ---- Data: read once, augmented ------------------------------------------------------------------
+def read_images(args):
+    """{train, held_out, test}, uint8 (N, 3, 32, 32), {...}_labels, (N,), and the classes' names; a
+    tenth of the training images is held out, the same for every seed. And calibration: augmented
+    training images, one draw for all, from which batch norms have their statistics when judged."""
+    if args.dataset == "toy":
+        train, test = toy_images(2400, 2 * args.seed), toy_images(500, 2 * args.seed + 1)
+    elif args.dataset in ("cifar10", "cifar100"):
+        train, test = cifar_images(args, True), cifar_images(args, False)
+    else:
+        train, test = (folder_images(Path(args.dataset), part) for part in ("train", "test"))
+    pixels, labels, names = train
+    if names != test[2]:
+        fail(f"{args.dataset}: train/ and test/ differ in {sorted({*names} ^ {*test[2]})}")
+    if len(pixels) < 20:
+        fail(f"{args.dataset} has {len(pixels)} training images: at least 20 are needed")
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
+    held_out, kept = order.split([len(order) // 10, len(order) - len(order) // 10])
+    tiny = args.common["preset"] == "tiny"
+    torch.manual_seed(0)
+    return {
+        "train": pixels[kept],
+        "held_out": pixels[held_out],
+        "test": test[0],
+        "names": names,
+        "calibration": augment(pixels[kept][:4000])[: 500 if tiny else 2000],
+        "train_labels": labels[kept],
+        "held_out_labels": labels[held_out],
+        "test_labels": test[1],
+    }
+
+
 def toy_images(count, seed):
     """`count` pictures of stripes, labels and names: 3 widths x 3 orientations. Phase, colours and
     noise are random: no pixel tells the class, and flips and crops keep it."""
@@ -389,49 +444,18 @@ def cifar_images(args, train):
 
     source = getattr(datasets, args.dataset.upper())
     try:
-        images = source(args.data_dir, train=train, download=True)
+        images = source("data", train=train, download=True)
     except (OSError, RuntimeError) as error:
         if getattr(error, "strerror", None) and not isinstance(
             error, (ConnectionError, TimeoutError)
         ):
-            raise OSError(error.errno, error.strerror, args.data_dir)
+            raise OSError(error.errno, error.strerror, "data")
         fail(
             f"{args.dataset} could not be downloaded ({type(error).__name__}): put "
-            f"{source.filename} into {args.data_dir}, or take --dataset toy or a folder"
+            f"{source.filename} into data/, or take --dataset toy or a folder"
         )
     pixels = torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous()
     return pixels, torch.tensor(images.targets), images.classes
-
-
-def picture(path):
-    """The image in a file as a viewer shows it: turned as its camera was held, white where it is
-    transparent, 16 bits scaled to 8; uint8 (32, 32, 3). Errors, of many kinds, if it is damaged."""
-    from torchvision.datasets.folder import Image  # Pillow's, which torchvision reads with
-
-    image = Image.open(io.BytesIO(path.read_bytes()))
-    turn = image.getexif().get(274, 1)  # EXIF's orientation, 1 to 8
-    if image.mode.startswith("I;16"):  # a plain conversion would clip it
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError("32 bits, of no known range")
-    if 1 < turn < 9:
-        image = image.transpose((0, 3, 1, 5, 4, 6, 2)[turn - 2])  # Pillow's numbers for them
-    white = Image.new("RGBA", image.size, "white")
-    white.alpha_composite(image.convert("RGBA"))
-    return np.asarray(white.convert("RGB").resize((32, 32)))
-
-
-def files_below(folder, above=()):
-    """All files below a folder, those in linked folders too, but hidden ones."""
-    real, files = folder.resolve(), []
-    if real in above:  # a loop of links
-        return []
-    for path in folder.iterdir():
-        if path.is_dir() and path.name[0] != ".":
-            files += files_below(path, (*above, real))
-        elif path.name[0] != ".":
-            files.append(path)
-    return files
 
 
 def folder_images(folder, part):
@@ -474,34 +498,35 @@ def folder_images(folder, part):
     )
 
 
-def read_images(args):
-    """{train, held_out, test}, uint8 (N, 3, 32, 32), {...}_labels, (N,), and the classes' names; a
-    tenth of the training images is held out, the same for every seed. And calibration: augmented
-    training images, one draw for all, from which batch norms have their statistics when judged."""
-    if args.dataset == "toy":
-        train, test = toy_images(2400, 2 * args.seed), toy_images(500, 2 * args.seed + 1)
-    elif args.dataset in ("cifar10", "cifar100"):
-        train, test = cifar_images(args, True), cifar_images(args, False)
-    else:
-        train, test = (folder_images(Path(args.dataset), part) for part in ("train", "test"))
-    pixels, labels, names = train
-    if names != test[2]:
-        fail(f"{args.dataset}: train/ and test/ differ in {sorted({*names} ^ {*test[2]})}")
-    if len(pixels) < 20:
-        fail(f"{args.dataset} has {len(pixels)} training images: at least 20 are needed")
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
-    held_out, kept = order.split([len(order) // 10, len(order) - len(order) // 10])
-    torch.manual_seed(0)
-    return {
-        "train": pixels[kept],
-        "held_out": pixels[held_out],
-        "test": test[0],
-        "names": names,
-        "calibration": augment(pixels[kept][:4000]),
-        "train_labels": labels[kept],
-        "held_out_labels": labels[held_out],
-        "test_labels": test[1],
-    }
+def files_below(folder, above=()):
+    """All files below a folder, those in linked folders too, but hidden ones."""
+    real, files = folder.resolve(), []
+    if real in above:  # a loop of links
+        return []
+    for path in folder.iterdir():
+        if path.is_dir() and path.name[0] != ".":
+            files += files_below(path, (*above, real))
+        elif path.name[0] != ".":
+            files.append(path)
+    return files
+
+
+def picture(path):
+    """The image in a file as a viewer shows it: turned as its camera was held, white where it is
+    transparent, 16 bits scaled to 8; uint8 (32, 32, 3). Errors, of many kinds, if it is damaged."""
+    from torchvision.datasets.folder import Image  # Pillow's, which torchvision reads with
+
+    image = Image.open(io.BytesIO(path.read_bytes()))
+    turn = image.getexif().get(274, 1)  # EXIF's orientation, 1 to 8
+    if image.mode.startswith("I;16"):  # a plain conversion would clip it
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("32 bits, of no known range")
+    if 1 < turn < 9:
+        image = image.transpose((0, 3, 1, 5, 4, 6, 2)[turn - 2])  # Pillow's numbers for them
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image.convert("RGBA"))
+    return np.asarray(white.convert("RGB").resize((32, 32)))
 
 
 def augment(images):
@@ -513,7 +538,7 @@ def augment(images):
     return torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
 
 
-# ---- Files: the only thing that chapters share; each is written whole or not at all --------------
+# ---- Files and flags, the same in every chapter --------------------------------------------------
 def fail(message):  # run_chapter() prints it as one line on stderr; exit code 2
     raise SystemExit(message)
 
@@ -580,7 +605,6 @@ def checksum(content):
     return hashlib.sha256(content).hexdigest()[:12]
 
 
-# ---- Flags, and how chapters follow each other ---------------------------------------------------
 CHAPTERS = [
     "01_dynamic_net.py",
     "02_teacher_trades.py",
@@ -588,7 +612,9 @@ CHAPTERS = [
     "04_predictor.py",
     "05_nsga2.py",
 ]
+
 PRESETS = ["paper", "quick", "tiny"]
+
 COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
     "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},

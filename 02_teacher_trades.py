@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+# ---- The lesson: TRADES --------------------------------------------------------------------------
 # fmt: off
 FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
     "epochs": (300, 10, 5, 1, 10**6, "epochs of adversarial training; paper 300 (section 5.0.1)"),
@@ -50,12 +51,10 @@ FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
     "step_size": (2.0, 2.0, 4.0, 0.02, 255, "of the attack, in 1/255: for 0.0078 write 2; paper 2"),
     "steps": (10, 10, 3, 1, 10**4, "of the training attack; paper 10"),
     "val_images": (1000, 1000, 250, 1, 10**6, "held-out images, on which an epoch is chosen"),
-    "calibration_images": (2000, 2000, 500, 2, 4000, "training images for batch-norm statistics"),
 }
 # fmt: on
 
 
-# ---- The lesson: TRADES --------------------------------------------------------------------------
 def main():
     args = read_flags(
         student={"help": "train this one alone: a name in 01_students.csv or 05_best.csv"},
@@ -132,12 +131,86 @@ def main():
         )
     save(checkpoint, settings, [net], weights=best["weights"])
     network = Network(net, moved(best["weights"], device), student)
-    network = calibrated(network, data["calibration"][: args.calibration_images])
+    network = calibrated(network, data["calibration"])
     export(network, checkpoint.with_suffix(".pt2"), data["names"])
     state.unlink()  # last: without an export, there is still something to do
     table = {name: best[name] for name in ("epoch", "loss", "natural", "robust")}
     table["--sharpen"] = sharpening(network, data["held_out"], data["held_out_labels"])
     finish(args, [table], [checkpoint, checkpoint.with_suffix(".pt2"), log], following)
+
+
+def pgd(network, x, loss, start, eps, step_size, steps):
+    """Projected gradient ascent (Madry et al., 2018), the inner maximisation of equation 1: signed
+    steps up loss(network(x')) from x + start, within |x' - x| <= eps and 0 <= x' <= 1."""
+    x_adv = (x + start).clamp(0, 1)
+    for _ in range(steps):
+        x_adv.requires_grad_()
+        with torch.enable_grad():  # judge() switches it off; of x alone, so not of the weights
+            (gradient,) = torch.autograd.grad(loss(network(x_adv)), x_adv)
+        x_adv = x_adv.detach() + step_size * gradient.sign()
+        x_adv = (x + (x_adv - x).clamp(-eps, eps)).clamp(0, 1)
+    return x_adv
+
+
+def kl(logits, target):
+    """KL(target || softmax(logits)), mean over images; target holds log-probabilities (B, C)."""
+    return F.kl_div(F.log_softmax(logits, 1), target, reduction="batchmean", log_target=True)
+
+
+def averages(losses, *names):
+    """An epoch's mean losses, from (batches, names), by name; exits if one is not finite."""
+    means = losses.mean(0).tolist()
+    if not math.isfinite(sum(means)):
+        fail("the loss is not finite: --restart with a lower --lr")
+    return dict(zip(names, means))
+
+
+# ---- Judging: batch norms with statistics of their own, and the attack ---------------------------
+@torch.no_grad()
+def calibrated(network, images, batch=250):
+    """The student as it is judged and exported: with batch-norm statistics of its own, from uint8
+    images, augmented as in training. What reaches a layer depends on the student, so none would
+    suit all."""
+    for i, x in enumerate(images.split(batch)):
+        network.averaging = len(x) / (i * batch + len(x))  # a plain average
+        network(x / 255)
+    return network.frozen()
+
+
+@torch.no_grad()
+def judge(network, images, labels, eps, step_size, steps, batch=100):
+    """(natural, robust), bool (N,): which uint8 images are right, and which still are after PGD on
+    the cross-entropy. It starts at one place of the ball for all: no answer depends on the batch.
+    FGSM, which is PGD of one step, starts at the image."""
+    noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    start = (2 * noise.to(images.device) - 1) * (eps if steps > 1 else 0)
+    natural = torch.cat([network(x / 255).argmax(1) for x in images.split(batch)]) == labels
+    robust = torch.zeros_like(natural)
+    for pick in natural.nonzero()[:, 0].split(batch):
+        if len(pick) == 0:  # none is right; nothing splits into one empty piece
+            break
+        pick = pick.repeat(batch // len(pick) + 1)[:batch]  # filled up: cuDNN meets one shape
+        x, y = images[pick] / 255, labels[pick]
+        x_adv = pgd(network, x, lambda z: F.cross_entropy(z, y), start, eps, step_size, steps)
+        robust[pick] = network(x_adv).argmax(1) == y
+    return natural, robust
+
+
+def accuracies(network, data, args):
+    """(natural, robust) accuracy of a student, shares of 1, on held-out training images."""
+    network = calibrated(network, data["calibration"])
+    images, labels = data["held_out"][: args.val_images], data["held_out_labels"][: args.val_images]
+    right = judge(network, images, labels, args.eps / 255, args.step_size / 255, args.steps)
+    return [part.sum().item() / len(part) for part in right]
+
+
+@torch.no_grad()
+def sharpening(network, images, labels):
+    """The factor of a calibrated network's logits with which these labels are likeliest: above 1,
+    it is too modest (temperature scaling, Guo et al., 2017); for chapter 3's --sharpen."""
+    logits = torch.cat([network(x / 255) for x in images.split(250)])
+    factors = [tenths / 10 for tenths in range(1, 101)]
+    return min(factors, key=lambda factor: F.cross_entropy(factor * logits, labels).item())
 
 
 # ---- Table 1: everything in the folder, on the test images ---------------------------------------
@@ -165,7 +238,7 @@ def table1(args, net, data, device):
         for name, student, mark in students:
             print(f"  {path.stem}, {name}, on {device} in float32")
             network = Network(net, moved(trained["weights"], device), student)
-            judged = calibrated(network, data["calibration"][: args.calibration_images])
+            judged = calibrated(network, data["calibration"])
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 judged(data["test"][:1] / 255)
             test = judged, data["test"], data["test_labels"], args.eps / 255
@@ -198,13 +271,14 @@ def usable(path, settings):
         print(f"passed over: {problem}")
 
 
-@torch.no_grad()
-def sharpening(network, images, labels):
-    """The factor of a calibrated network's logits with which these labels are likeliest: above 1,
-    it is too modest (temperature scaling, Guo et al., 2017); for chapter 3's --sharpen."""
-    logits = torch.cat([network(x / 255) for x in images.split(250)])
-    factors = [tenths / 10 for tenths in range(1, 101)]
-    return min(factors, key=lambda factor: F.cross_entropy(factor * logits, labels).item())
+def export(network, path, names):
+    """Write a calibrated student as a network that needs none of this code, from (B, 3, 32, 32) in
+    [0, 1] to logits, whose classes are the lines of its extra file `names`."""
+    shapes, buffer = ({0: torch.export.Dim("batch")},), io.BytesIO()
+    x = torch.zeros(2, 3, 32, 32)
+    program = torch.export.export(Exported(network), (x,), dynamic_shapes=shapes)
+    torch.export.save(program, buffer, extra_files={"names": "\n".join(names)})
+    write(path, buffer.getvalue())
 
 
 class Exported(nn.Module):
@@ -223,16 +297,7 @@ class Exported(nn.Module):
         return network(x)
 
 
-def export(network, path, names):
-    """Write a calibrated student as a network that needs none of this code, from (B, 3, 32, 32) in
-    [0, 1] to logits, whose classes are the lines of its extra file `names`."""
-    shapes, buffer = ({0: torch.export.Dim("batch")},), io.BytesIO()
-    x = torch.zeros(2, 3, 32, 32)
-    program = torch.export.export(Exported(network), (x,), dynamic_shapes=shapes)
-    torch.export.save(program, buffer, extra_files={"names": "\n".join(names)})
-    write(path, buffer.getvalue())
-
-
+# ---- Going on: progress, states, what chapter 1 has made -----------------------------------------
 def counted(name, begin, end, rounds=1):
     """range(begin, end), that says every ten seconds how far it is, and the time left for it and
     for as many rounds as it, in minutes."""
@@ -243,14 +308,6 @@ def counted(name, begin, end, rounds=1):
             left = (said - begun) / (i - begin) * (rounds * end - i) / 60
             print(f"  {name} {i}/{end}, {left:.1f} minutes left")
         yield i
-
-
-def averages(losses, *names):
-    """An epoch's mean losses, from (batches, names), by name; exits if one is not finite."""
-    means = losses.mean(0).tolist()
-    if not math.isfinite(sum(means)):
-        fail("the loss is not finite: --restart with a lower --lr")
-    return dict(zip(names, means))
 
 
 def resume(path, settings, shared, optimizer):
@@ -266,7 +323,51 @@ def resume(path, settings, shared, optimizer):
     return state["rows"], state["best"]
 
 
-# ---- The network: genotype -> slices of the shared weights -> logits -----------------------------
+def named_student(args, net):
+    """The student of this name in 01_students.csv or in a search's 05_best.csv."""
+    students = net["students"]
+    for path in [] if args.student in students else args.out.glob("05_search*.pt"):
+        students |= load(path, net["settings"])["students"]
+    return students.get(args.student) or fail(f"choose --student from {', '.join(students)}")
+
+
+def load_images(args, net, device):
+    """{train, held_out, test}: uint8 (N, 3, 32, 32), {...}_labels: (N,), the classes' names, and
+    calibration, training images for batch norms' statistics."""
+    images = load(args.out / "01_images.pt", args.common)
+    if images["mark"] != net["settings"]["data"]:
+        fail("01_images.pt and 01_dynamic_net.pt are of different images: --restart chapter 1")
+    return moved(images, device)
+
+
+# ---- The network, word for word as in chapter 1 --------------------------------------------------
+class Slices:
+    """Layers whose weights are leading slices of shared ones: as many outputs as are asked for, as
+    many inputs as there are. Taken in the first call; gradients flow back through them."""
+
+    def __init__(self, shared):
+        self.shared, self.slices = shared, {}  # {name: a whole weight}, {name: the slice of it}
+
+    def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
+        """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
+        if name not in self.slices:
+            with torch.enable_grad():  # for later calls; the first one may be without
+                weight = self.shared[name][:out, : 1 if depthwise else x.shape[1]]
+                while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
+                    side = weight.shape[-1] - 2
+                    centre = weight[:, :, 1:-1, 1:-1].reshape(out, side * side)
+                    weight = (centre @ self.shared[f"{name}_to{side}"]).view(out, 1, side, side)
+                self.slices[name] = weight.contiguous(memory_format=torch.channels_last)
+        bias, groups = self.vector(f"{name}_bias", out) if bias else None, out if depthwise else 1
+        return F.conv2d(x, self.slices[name], bias, stride, kernel // 2, groups=groups)
+
+    def vector(self, name, size):
+        if name not in self.slices:
+            with torch.enable_grad():
+                self.slices[name] = self.shared[name][:size]
+        return self.slices[name]
+
+
 def divisible(channels):
     """The nearest multiple of 8 that is at least 8 and not below 90 % of `channels`."""
     rounded = max(8, int(channels + 4) // 8 * 8)
@@ -285,23 +386,15 @@ def student_at(net, place):
     return canonical(net, [choices[place] for choices in net["genes"].values()])
 
 
-def named_student(args, net):
-    """The student of this name in 01_students.csv or in a search's 05_best.csv."""
-    students = net["students"]
-    for path in [] if args.student in students else args.out.glob("05_search*.pt"):
-        students |= load(path, net["settings"])["students"]
-    return students.get(args.student) or fail(f"choose --student from {', '.join(students)}")
-
-
-class Network:
+class Network(Slices):
     """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its weights are
-    leading slices of the shared ones, taken in the first call: after an SGD step, make a new one.
-    Batch norm has the batch's statistics, as in training; frozen() has those of the last call."""
+    slices as they were in the first call: after an SGD step, make a new one. Batch norm has the
+    batch's statistics, as in training; frozen() has those of the last call."""
 
-    def __init__(self, net, weights, student):
-        self.net, self.shared = net, weights
-        self.choice = dict(zip(net["genes"], student))
-        self.slices, self.stats = {}, {}  # {name: part of a weight}, {name: (mean, variance)}
+    def __init__(self, net, shared, student):
+        super().__init__(shared)
+        self.net, self.choice = net, dict(zip(net["genes"], student))
+        self.stats = {}  # {layer: (mean, variance) of its output's channels}
         self.averaging, self.fixed = 1.0, False  # the next batch's weight in stats; are they fixed
 
     def __call__(self, x):
@@ -374,92 +467,6 @@ class Network:
             self.stats[name] = scale.new_zeros(2, out)  # updated in place
         return F.batch_norm(x, *self.stats[name], scale, shift, True, self.averaging)
 
-    def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
-        """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
-        if name not in self.slices:
-            with torch.enable_grad():  # for later calls; the first one may be without
-                weight = self.shared[name][:out, : 1 if depthwise else x.shape[1]]
-                while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
-                    side = weight.shape[-1] - 2
-                    centre = weight[:, :, 1:-1, 1:-1].reshape(out, side * side)
-                    weight = (centre @ self.shared[f"{name}_to{side}"]).view(out, 1, side, side)
-                self.slices[name] = weight.contiguous(memory_format=torch.channels_last)
-        bias, groups = self.vector(f"{name}_bias", out) if bias else None, out if depthwise else 1
-        return F.conv2d(x, self.slices[name], bias, stride, kernel // 2, groups=groups)
-
-    def vector(self, name, size):
-        if name not in self.slices:
-            with torch.enable_grad():
-                self.slices[name] = self.shared[name][:size]
-        return self.slices[name]
-
-
-@torch.no_grad()
-def calibrated(network, images, batch=250):
-    """The student as it is judged and exported: with batch-norm statistics of its own, from uint8
-    images, augmented as in training. What reaches a layer depends on the student, so none would
-    suit all."""
-    for i, x in enumerate(images.split(batch)):
-        network.averaging = len(x) / (i * batch + len(x))  # a plain average
-        network(x / 255)
-    return network.frozen()
-
-
-# ---- Attack and judgement ------------------------------------------------------------------------
-def pgd(network, x, loss, start, eps, step_size, steps):
-    """Projected gradient ascent (Madry et al., 2018), the inner maximisation of equation 1: signed
-    steps up loss(network(x')) from x + start, within |x' - x| <= eps and 0 <= x' <= 1."""
-    x_adv = (x + start).clamp(0, 1)
-    for _ in range(steps):
-        x_adv.requires_grad_()
-        with torch.enable_grad():  # judge() switches it off; of x alone, so not of the weights
-            (gradient,) = torch.autograd.grad(loss(network(x_adv)), x_adv)
-        x_adv = x_adv.detach() + step_size * gradient.sign()
-        x_adv = (x + (x_adv - x).clamp(-eps, eps)).clamp(0, 1)
-    return x_adv
-
-
-def kl(logits, target):
-    """KL(target || softmax(logits)), mean over images; target holds log-probabilities (B, C)."""
-    return F.kl_div(F.log_softmax(logits, 1), target, reduction="batchmean", log_target=True)
-
-
-@torch.no_grad()
-def judge(network, images, labels, eps, step_size, steps, batch=100):
-    """(natural, robust), bool (N,): which uint8 images are right, and which still are after PGD on
-    the cross-entropy. It starts at one place of the ball for all: no answer depends on the batch.
-    FGSM, which is PGD of one step, starts at the image."""
-    noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    start = (2 * noise.to(images.device) - 1) * (eps if steps > 1 else 0)
-    natural = torch.cat([network(x / 255).argmax(1) for x in images.split(batch)]) == labels
-    robust = torch.zeros_like(natural)
-    for pick in natural.nonzero()[:, 0].split(batch):
-        if len(pick) == 0:  # none is right; nothing splits into one empty piece
-            break
-        pick = pick.repeat(batch // len(pick) + 1)[:batch]  # filled up: cuDNN meets one shape
-        x, y = images[pick] / 255, labels[pick]
-        x_adv = pgd(network, x, lambda z: F.cross_entropy(z, y), start, eps, step_size, steps)
-        robust[pick] = network(x_adv).argmax(1) == y
-    return natural, robust
-
-
-def accuracies(network, data, args):
-    """(natural, robust) accuracy of a student, shares of 1, on held-out training images."""
-    network = calibrated(network, data["calibration"][: args.calibration_images])
-    images, labels = data["held_out"][: args.val_images], data["held_out_labels"][: args.val_images]
-    right = judge(network, images, labels, args.eps / 255, args.step_size / 255, args.steps)
-    return [part.sum().item() / len(part) for part in right]
-
-
-# ---- Data ----------------------------------------------------------------------------------------
-def load_images(args, net, device):
-    """{train, held_out, test}: uint8 (N, 3, 32, 32), {...}_labels: (N,), the classes' names, and
-    calibration, training images for batch norms' statistics."""
-    images = load(args.out / "01_images.pt", args.common)
-    if images["mark"] != net["settings"]["data"]:
-        fail("01_images.pt and 01_dynamic_net.pt are of different images: --restart chapter 1")
-    return moved(images, device)
-
 
 def augment(images):
     """Images (B, 3, 32, 32), each cropped (4 black pixels around) and flipped its own way."""
@@ -470,7 +477,7 @@ def augment(images):
     return torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
 
 
-# ---- Files: the only thing that chapters share; each is written whole or not at all --------------
+# ---- Files and flags, the same in every chapter --------------------------------------------------
 def fail(message):  # run_chapter() prints it as one line on stderr; exit code 2
     raise SystemExit(message)
 
@@ -547,7 +554,6 @@ def moved(content, device, learn=False):
     }
 
 
-# ---- Flags, and how chapters follow each other ---------------------------------------------------
 CHAPTERS = [
     "01_dynamic_net.py",
     "02_teacher_trades.py",
@@ -555,7 +561,9 @@ CHAPTERS = [
     "04_predictor.py",
     "05_nsga2.py",
 ]
+
 PRESETS = ["paper", "quick", "tiny"]
+
 COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
     "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},

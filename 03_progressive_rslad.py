@@ -39,6 +39,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+# ---- The lesson: progressive sampling and RSLAD --------------------------------------------------
 # fmt: off
 FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
     "epochs": (120, 4, 2, 1, 10**6, "epochs of each of three phases; paper 120 (section 5.0.1)"),
@@ -51,7 +52,6 @@ FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
     "step_size": (2.0, 2.0, 4.0, 0.02, 255, "of the attack, in 1/255: for 0.0078 write 2; paper 2"),
     "steps": (10, 10, 3, 1, 10**4, "of the training attack; paper 10"),
     "val_images": (1000, 1000, 100, 1, 10**6, "held-out training images, seen after each epoch"),
-    "calibration_images": (2000, 2000, 500, 2, 4000, "training images for batch-norm statistics"),
 }
 # fmt: on
 
@@ -66,10 +66,8 @@ VARIES = {  # figure 4: the kinds of genes that vary in each of the three phases
 }
 
 SHOWN = {"largest": -1, "middle": 1, "smallest": 0}  # of whom accuracies are logged
-ENDS = "", "_scale", "_shift", "_bias"  # the names of what a layer's output channels have
 
 
-# ---- The lesson: progressive sampling and RSLAD --------------------------------------------------
 def main():
     args = read_flags(
         sampling={"choices": [*VARIES], "default": "progressive"},
@@ -197,6 +195,9 @@ def sort_channels(net, shared):
             reorder(shared, block, ["reduce"], ["middle"])
 
 
+ENDS = "", "_scale", "_shift", "_bias"  # the names of what a layer's output channels have
+
+
 @torch.no_grad()
 def reorder(shared, block, makers, readers):
     """Put the channels that `makers` make and `readers` read into the order of importance: the L1
@@ -225,6 +226,71 @@ def exported_network(path, x, classes):  # exits if it does not give images x a 
     return network
 
 
+# ---- Attack, judging and going on, word for word as in chapter 2 ---------------------------------
+def pgd(network, x, loss, start, eps, step_size, steps):
+    """Projected gradient ascent (Madry et al., 2018), the inner maximisation of equation 1: signed
+    steps up loss(network(x')) from x + start, within |x' - x| <= eps and 0 <= x' <= 1."""
+    x_adv = (x + start).clamp(0, 1)
+    for _ in range(steps):
+        x_adv.requires_grad_()
+        with torch.enable_grad():  # judge() switches it off; of x alone, so not of the weights
+            (gradient,) = torch.autograd.grad(loss(network(x_adv)), x_adv)
+        x_adv = x_adv.detach() + step_size * gradient.sign()
+        x_adv = (x + (x_adv - x).clamp(-eps, eps)).clamp(0, 1)
+    return x_adv
+
+
+def kl(logits, target):
+    """KL(target || softmax(logits)), mean over images; target holds log-probabilities (B, C)."""
+    return F.kl_div(F.log_softmax(logits, 1), target, reduction="batchmean", log_target=True)
+
+
+def averages(losses, *names):
+    """An epoch's mean losses, from (batches, names), by name; exits if one is not finite."""
+    means = losses.mean(0).tolist()
+    if not math.isfinite(sum(means)):
+        fail("the loss is not finite: --restart with a lower --lr")
+    return dict(zip(names, means))
+
+
+@torch.no_grad()
+def calibrated(network, images, batch=250):
+    """The student as it is judged and exported: with batch-norm statistics of its own, from uint8
+    images, augmented as in training. What reaches a layer depends on the student, so none would
+    suit all."""
+    for i, x in enumerate(images.split(batch)):
+        network.averaging = len(x) / (i * batch + len(x))  # a plain average
+        network(x / 255)
+    return network.frozen()
+
+
+@torch.no_grad()
+def judge(network, images, labels, eps, step_size, steps, batch=100):
+    """(natural, robust), bool (N,): which uint8 images are right, and which still are after PGD on
+    the cross-entropy. It starts at one place of the ball for all: no answer depends on the batch.
+    FGSM, which is PGD of one step, starts at the image."""
+    noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    start = (2 * noise.to(images.device) - 1) * (eps if steps > 1 else 0)
+    natural = torch.cat([network(x / 255).argmax(1) for x in images.split(batch)]) == labels
+    robust = torch.zeros_like(natural)
+    for pick in natural.nonzero()[:, 0].split(batch):
+        if len(pick) == 0:  # none is right; nothing splits into one empty piece
+            break
+        pick = pick.repeat(batch // len(pick) + 1)[:batch]  # filled up: cuDNN meets one shape
+        x, y = images[pick] / 255, labels[pick]
+        x_adv = pgd(network, x, lambda z: F.cross_entropy(z, y), start, eps, step_size, steps)
+        robust[pick] = network(x_adv).argmax(1) == y
+    return natural, robust
+
+
+def accuracies(network, data, args):
+    """(natural, robust) accuracy of a student, shares of 1, on held-out training images."""
+    network = calibrated(network, data["calibration"])
+    images, labels = data["held_out"][: args.val_images], data["held_out_labels"][: args.val_images]
+    right = judge(network, images, labels, args.eps / 255, args.step_size / 255, args.steps)
+    return [part.sum().item() / len(part) for part in right]
+
+
 def counted(name, begin, end, rounds=1):
     """range(begin, end), that says every ten seconds how far it is, and the time left for it and
     for as many rounds as it, in minutes."""
@@ -235,14 +301,6 @@ def counted(name, begin, end, rounds=1):
             left = (said - begun) / (i - begin) * (rounds * end - i) / 60
             print(f"  {name} {i}/{end}, {left:.1f} minutes left")
         yield i
-
-
-def averages(losses, *names):
-    """An epoch's mean losses, from (batches, names), by name; exits if one is not finite."""
-    means = losses.mean(0).tolist()
-    if not math.isfinite(sum(means)):
-        fail("the loss is not finite: --restart with a lower --lr")
-    return dict(zip(names, means))
 
 
 def resume(path, settings, shared, optimizer):
@@ -258,7 +316,51 @@ def resume(path, settings, shared, optimizer):
     return state["rows"], state["best"]
 
 
-# ---- The network: genotype -> slices of the shared weights -> logits -----------------------------
+def named_student(args, net):
+    """The student of this name in 01_students.csv or in a search's 05_best.csv."""
+    students = net["students"]
+    for path in [] if args.student in students else args.out.glob("05_search*.pt"):
+        students |= load(path, net["settings"])["students"]
+    return students.get(args.student) or fail(f"choose --student from {', '.join(students)}")
+
+
+def load_images(args, net, device):
+    """{train, held_out, test}: uint8 (N, 3, 32, 32), {...}_labels: (N,), the classes' names, and
+    calibration, training images for batch norms' statistics."""
+    images = load(args.out / "01_images.pt", args.common)
+    if images["mark"] != net["settings"]["data"]:
+        fail("01_images.pt and 01_dynamic_net.pt are of different images: --restart chapter 1")
+    return moved(images, device)
+
+
+# ---- The network, word for word as in chapter 1 --------------------------------------------------
+class Slices:
+    """Layers whose weights are leading slices of shared ones: as many outputs as are asked for, as
+    many inputs as there are. Taken in the first call; gradients flow back through them."""
+
+    def __init__(self, shared):
+        self.shared, self.slices = shared, {}  # {name: a whole weight}, {name: the slice of it}
+
+    def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
+        """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
+        if name not in self.slices:
+            with torch.enable_grad():  # for later calls; the first one may be without
+                weight = self.shared[name][:out, : 1 if depthwise else x.shape[1]]
+                while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
+                    side = weight.shape[-1] - 2
+                    centre = weight[:, :, 1:-1, 1:-1].reshape(out, side * side)
+                    weight = (centre @ self.shared[f"{name}_to{side}"]).view(out, 1, side, side)
+                self.slices[name] = weight.contiguous(memory_format=torch.channels_last)
+        bias, groups = self.vector(f"{name}_bias", out) if bias else None, out if depthwise else 1
+        return F.conv2d(x, self.slices[name], bias, stride, kernel // 2, groups=groups)
+
+    def vector(self, name, size):
+        if name not in self.slices:
+            with torch.enable_grad():
+                self.slices[name] = self.shared[name][:size]
+        return self.slices[name]
+
+
 def divisible(channels):
     """The nearest multiple of 8 that is at least 8 and not below 90 % of `channels`."""
     rounded = max(8, int(channels + 4) // 8 * 8)
@@ -289,23 +391,15 @@ def sample(net, rng, varies="", base=()):
     )
 
 
-def named_student(args, net):
-    """The student of this name in 01_students.csv or in a search's 05_best.csv."""
-    students = net["students"]
-    for path in [] if args.student in students else args.out.glob("05_search*.pt"):
-        students |= load(path, net["settings"])["students"]
-    return students.get(args.student) or fail(f"choose --student from {', '.join(students)}")
-
-
-class Network:
+class Network(Slices):
     """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its weights are
-    leading slices of the shared ones, taken in the first call: after an SGD step, make a new one.
-    Batch norm has the batch's statistics, as in training; frozen() has those of the last call."""
+    slices as they were in the first call: after an SGD step, make a new one. Batch norm has the
+    batch's statistics, as in training; frozen() has those of the last call."""
 
-    def __init__(self, net, weights, student):
-        self.net, self.shared = net, weights
-        self.choice = dict(zip(net["genes"], student))
-        self.slices, self.stats = {}, {}  # {name: part of a weight}, {name: (mean, variance)}
+    def __init__(self, net, shared, student):
+        super().__init__(shared)
+        self.net, self.choice = net, dict(zip(net["genes"], student))
+        self.stats = {}  # {layer: (mean, variance) of its output's channels}
         self.averaging, self.fixed = 1.0, False  # the next batch's weight in stats; are they fixed
 
     def __call__(self, x):
@@ -378,92 +472,6 @@ class Network:
             self.stats[name] = scale.new_zeros(2, out)  # updated in place
         return F.batch_norm(x, *self.stats[name], scale, shift, True, self.averaging)
 
-    def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
-        """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
-        if name not in self.slices:
-            with torch.enable_grad():  # for later calls; the first one may be without
-                weight = self.shared[name][:out, : 1 if depthwise else x.shape[1]]
-                while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
-                    side = weight.shape[-1] - 2
-                    centre = weight[:, :, 1:-1, 1:-1].reshape(out, side * side)
-                    weight = (centre @ self.shared[f"{name}_to{side}"]).view(out, 1, side, side)
-                self.slices[name] = weight.contiguous(memory_format=torch.channels_last)
-        bias, groups = self.vector(f"{name}_bias", out) if bias else None, out if depthwise else 1
-        return F.conv2d(x, self.slices[name], bias, stride, kernel // 2, groups=groups)
-
-    def vector(self, name, size):
-        if name not in self.slices:
-            with torch.enable_grad():
-                self.slices[name] = self.shared[name][:size]
-        return self.slices[name]
-
-
-@torch.no_grad()
-def calibrated(network, images, batch=250):
-    """The student as it is judged and exported: with batch-norm statistics of its own, from uint8
-    images, augmented as in training. What reaches a layer depends on the student, so none would
-    suit all."""
-    for i, x in enumerate(images.split(batch)):
-        network.averaging = len(x) / (i * batch + len(x))  # a plain average
-        network(x / 255)
-    return network.frozen()
-
-
-# ---- Attack and judgement ------------------------------------------------------------------------
-def pgd(network, x, loss, start, eps, step_size, steps):
-    """Projected gradient ascent (Madry et al., 2018), the inner maximisation of equation 1: signed
-    steps up loss(network(x')) from x + start, within |x' - x| <= eps and 0 <= x' <= 1."""
-    x_adv = (x + start).clamp(0, 1)
-    for _ in range(steps):
-        x_adv.requires_grad_()
-        with torch.enable_grad():  # judge() switches it off; of x alone, so not of the weights
-            (gradient,) = torch.autograd.grad(loss(network(x_adv)), x_adv)
-        x_adv = x_adv.detach() + step_size * gradient.sign()
-        x_adv = (x + (x_adv - x).clamp(-eps, eps)).clamp(0, 1)
-    return x_adv
-
-
-def kl(logits, target):
-    """KL(target || softmax(logits)), mean over images; target holds log-probabilities (B, C)."""
-    return F.kl_div(F.log_softmax(logits, 1), target, reduction="batchmean", log_target=True)
-
-
-@torch.no_grad()
-def judge(network, images, labels, eps, step_size, steps, batch=100):
-    """(natural, robust), bool (N,): which uint8 images are right, and which still are after PGD on
-    the cross-entropy. It starts at one place of the ball for all: no answer depends on the batch.
-    FGSM, which is PGD of one step, starts at the image."""
-    noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    start = (2 * noise.to(images.device) - 1) * (eps if steps > 1 else 0)
-    natural = torch.cat([network(x / 255).argmax(1) for x in images.split(batch)]) == labels
-    robust = torch.zeros_like(natural)
-    for pick in natural.nonzero()[:, 0].split(batch):
-        if len(pick) == 0:  # none is right; nothing splits into one empty piece
-            break
-        pick = pick.repeat(batch // len(pick) + 1)[:batch]  # filled up: cuDNN meets one shape
-        x, y = images[pick] / 255, labels[pick]
-        x_adv = pgd(network, x, lambda z: F.cross_entropy(z, y), start, eps, step_size, steps)
-        robust[pick] = network(x_adv).argmax(1) == y
-    return natural, robust
-
-
-def accuracies(network, data, args):
-    """(natural, robust) accuracy of a student, shares of 1, on held-out training images."""
-    network = calibrated(network, data["calibration"][: args.calibration_images])
-    images, labels = data["held_out"][: args.val_images], data["held_out_labels"][: args.val_images]
-    right = judge(network, images, labels, args.eps / 255, args.step_size / 255, args.steps)
-    return [part.sum().item() / len(part) for part in right]
-
-
-# ---- Data ----------------------------------------------------------------------------------------
-def load_images(args, net, device):
-    """{train, held_out, test}: uint8 (N, 3, 32, 32), {...}_labels: (N,), the classes' names, and
-    calibration, training images for batch norms' statistics."""
-    images = load(args.out / "01_images.pt", args.common)
-    if images["mark"] != net["settings"]["data"]:
-        fail("01_images.pt and 01_dynamic_net.pt are of different images: --restart chapter 1")
-    return moved(images, device)
-
 
 def augment(images):
     """Images (B, 3, 32, 32), each cropped (4 black pixels around) and flipped its own way."""
@@ -474,7 +482,7 @@ def augment(images):
     return torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, x.flip(3), x)
 
 
-# ---- Files: the only thing that chapters share; each is written whole or not at all --------------
+# ---- Files and flags, the same in every chapter --------------------------------------------------
 def fail(message):  # run_chapter() prints it as one line on stderr; exit code 2
     raise SystemExit(message)
 
@@ -551,7 +559,6 @@ def moved(content, device, learn=False):
     }
 
 
-# ---- Flags, and how chapters follow each other ---------------------------------------------------
 CHAPTERS = [
     "01_dynamic_net.py",
     "02_teacher_trades.py",
@@ -559,7 +566,9 @@ CHAPTERS = [
     "04_predictor.py",
     "05_nsga2.py",
 ]
+
 PRESETS = ["paper", "quick", "tiny"]
+
 COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
     "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},

@@ -42,6 +42,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+# ---- The lesson: measure some students, predict the others ---------------------------------------
 # fmt: off
 FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
     "students": (2000, 300, 40, 4, 10**6, "students to measure; paper 2000 (section 5.2)"),
@@ -50,15 +51,15 @@ FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
     "eps": (8.0, 8.0, 8.0, 0.2, 255, "change of a pixel, in 1/255: for 0.031 (paper) write 7.9"),
     "step_size": (1.81, 1.81, 1.81, 0.02, 255, "in 1/255: for 0.0071 (paper) write 1.81"),
     "steps": (20, 20, 10, 1, 10**4, "of the attack; paper 20"),
-    "calibration_images": (2000, 2000, 500, 2, 4000, "training images for batch-norm statistics"),
     "epochs": (30, 30, 30, 1, 10**6, "of the predictor; paper 30"),
 }
 # fmt: on
+
 PAPER = {"natural": 0.0076, "robust": 0.0072}  # RMSE (section 5.2)
+
 HIDDEN = [400] * 6  # widths of the predictor's hidden layers (released code)
 
 
-# ---- The lesson: measure some students, predict the others ---------------------------------------
 def main():
     args = read_flags(sampling={"choices": ["progressive", "random"], "default": "progressive"})
     device = pick_device(args)[0]
@@ -118,23 +119,11 @@ def main():
     )
 
 
-def counted(name, begin, end, rounds=1):
-    """range(begin, end), that says every ten seconds how far it is, and the time left for it and
-    for as many rounds as it, in minutes."""
-    begun = said = time.monotonic()
-    for i in range(begin, end):
-        if time.monotonic() - said > 10:
-            said = time.monotonic()
-            left = (said - begun) / (i - begin) * (rounds * end - i) / 60
-            print(f"  {name} {i}/{end}, {left:.1f} minutes left")
-        yield i
-
-
 def measure(args, network, data):
     """Accuracy, a share of 1, natural and under PGD, on held-out training images and on their first
     half alone, of a student with batch-norm statistics of its own; and the seconds that it took."""
     begun = time.monotonic()
-    network = calibrated(network, data["calibration"][: args.calibration_images])
+    network = calibrated(network, data["calibration"])
     images, labels = data["held_out"][: args.images], data["held_out_labels"][: args.images]
     right = judge(network, images, labels, args.eps / 255, args.step_size / 255, args.steps)
     row = {}
@@ -154,6 +143,7 @@ def distinct_students(net, args):
     fail(f"--students {args.students}: this network does not hold so many different ones")
 
 
+# ---- The predictor -------------------------------------------------------------------------------
 def train_predictor(args, net, students, labels):
     """Fit an MLP to labels (N, 2) of students by mean squared error: {layers, mean, scale}."""
     torch.manual_seed(args.seed)
@@ -175,6 +165,30 @@ def train_predictor(args, net, students, labels):
             optimizer.step()
     layers = [(matrix.detach(), bias.detach()) for matrix, bias in layers]
     return {"layers": layers, "mean": mean, "scale": scale}
+
+
+def one_hot(net, students):
+    """Features (N, sum of choices): for each gene a 1 at its choice; none where it is off."""
+    columns = [
+        [float(student[i] == choice) for student in students]
+        for i, choices in enumerate(net["genes"].values())
+        for choice in choices
+    ]
+    return torch.tensor(columns).T
+
+
+def mlp(layers, x):
+    """A fully-connected network with ReLU: features x (N, sum of choices) -> (N, 2)."""
+    for matrix, bias in layers[:-1]:
+        x = F.relu(x @ matrix + bias)
+    matrix, bias = layers[-1]
+    return x @ matrix + bias
+
+
+def predict_accuracy(predictor, net, students):
+    """Predicted (natural, robust) accuracy of students, (N, 2), each a share of 1."""
+    answers = mlp(predictor["layers"], one_hot(net, students))
+    return answers * predictor["scale"] + predictor["mean"]
 
 
 def compare(measured, halves, predicted):
@@ -205,6 +219,7 @@ def compare(measured, halves, predicted):
     return [dict(zip(columns, row)) for row in rows]
 
 
+# ---- Figure 6, and pictures of an attack ---------------------------------------------------------
 def widths(args, net, shared, teacher, data):
     """Figure 6: the teacher, and students that differ in width (kernel) alone, measured."""
     kind = "kernel" if "kernel" in net else "width"
@@ -225,7 +240,7 @@ def pictures(args, network, data):
     if it gets fewer right; if none, a wrong one."""
     from torchvision.utils import make_grid, save_image
 
-    network = calibrated(network, data["calibration"][: args.calibration_images])
+    network = calibrated(network, data["calibration"])
     x, y = data["held_out"][: args.images], data["held_out_labels"][: args.images]
     right = torch.cat([network(part / 255).argmax(1) for part in x.split(100)]) == y
     pick = (~right).int().argsort(stable=True)[: right.sum().clamp(1, 8)]
@@ -249,32 +264,99 @@ def pictures(args, network, data):
     return buffer.getvalue()
 
 
-# ---- The predictor -------------------------------------------------------------------------------
-def one_hot(net, students):
-    """Features (N, sum of choices): for each gene a 1 at its choice; none where it is off."""
-    columns = [
-        [float(student[i] == choice) for student in students]
-        for i, choices in enumerate(net["genes"].values())
-        for choice in choices
-    ]
-    return torch.tensor(columns).T
+# ---- Attack, judging and going on, word for word as in chapter 2 ---------------------------------
+def pgd(network, x, loss, start, eps, step_size, steps):
+    """Projected gradient ascent (Madry et al., 2018), the inner maximisation of equation 1: signed
+    steps up loss(network(x')) from x + start, within |x' - x| <= eps and 0 <= x' <= 1."""
+    x_adv = (x + start).clamp(0, 1)
+    for _ in range(steps):
+        x_adv.requires_grad_()
+        with torch.enable_grad():  # judge() switches it off; of x alone, so not of the weights
+            (gradient,) = torch.autograd.grad(loss(network(x_adv)), x_adv)
+        x_adv = x_adv.detach() + step_size * gradient.sign()
+        x_adv = (x + (x_adv - x).clamp(-eps, eps)).clamp(0, 1)
+    return x_adv
 
 
-def mlp(layers, x):
-    """A fully-connected network with ReLU: features x (N, sum of choices) -> (N, 2)."""
-    for matrix, bias in layers[:-1]:
-        x = F.relu(x @ matrix + bias)
-    matrix, bias = layers[-1]
-    return x @ matrix + bias
+@torch.no_grad()
+def calibrated(network, images, batch=250):
+    """The student as it is judged and exported: with batch-norm statistics of its own, from uint8
+    images, augmented as in training. What reaches a layer depends on the student, so none would
+    suit all."""
+    for i, x in enumerate(images.split(batch)):
+        network.averaging = len(x) / (i * batch + len(x))  # a plain average
+        network(x / 255)
+    return network.frozen()
 
 
-def predict_accuracy(predictor, net, students):
-    """Predicted (natural, robust) accuracy of students, (N, 2), each a share of 1."""
-    answers = mlp(predictor["layers"], one_hot(net, students))
-    return answers * predictor["scale"] + predictor["mean"]
+@torch.no_grad()
+def judge(network, images, labels, eps, step_size, steps, batch=100):
+    """(natural, robust), bool (N,): which uint8 images are right, and which still are after PGD on
+    the cross-entropy. It starts at one place of the ball for all: no answer depends on the batch.
+    FGSM, which is PGD of one step, starts at the image."""
+    noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    start = (2 * noise.to(images.device) - 1) * (eps if steps > 1 else 0)
+    natural = torch.cat([network(x / 255).argmax(1) for x in images.split(batch)]) == labels
+    robust = torch.zeros_like(natural)
+    for pick in natural.nonzero()[:, 0].split(batch):
+        if len(pick) == 0:  # none is right; nothing splits into one empty piece
+            break
+        pick = pick.repeat(batch // len(pick) + 1)[:batch]  # filled up: cuDNN meets one shape
+        x, y = images[pick] / 255, labels[pick]
+        x_adv = pgd(network, x, lambda z: F.cross_entropy(z, y), start, eps, step_size, steps)
+        robust[pick] = network(x_adv).argmax(1) == y
+    return natural, robust
 
 
-# ---- The network: genotype -> slices of the shared weights -> logits -----------------------------
+def counted(name, begin, end, rounds=1):
+    """range(begin, end), that says every ten seconds how far it is, and the time left for it and
+    for as many rounds as it, in minutes."""
+    begun = said = time.monotonic()
+    for i in range(begin, end):
+        if time.monotonic() - said > 10:
+            said = time.monotonic()
+            left = (said - begun) / (i - begin) * (rounds * end - i) / 60
+            print(f"  {name} {i}/{end}, {left:.1f} minutes left")
+        yield i
+
+
+def load_images(args, net, device):
+    """{train, held_out, test}: uint8 (N, 3, 32, 32), {...}_labels: (N,), the classes' names, and
+    calibration, training images for batch norms' statistics."""
+    images = load(args.out / "01_images.pt", args.common)
+    if images["mark"] != net["settings"]["data"]:
+        fail("01_images.pt and 01_dynamic_net.pt are of different images: --restart chapter 1")
+    return moved(images, device)
+
+
+# ---- The network, word for word as in chapter 1 --------------------------------------------------
+class Slices:
+    """Layers whose weights are leading slices of shared ones: as many outputs as are asked for, as
+    many inputs as there are. Taken in the first call; gradients flow back through them."""
+
+    def __init__(self, shared):
+        self.shared, self.slices = shared, {}  # {name: a whole weight}, {name: the slice of it}
+
+    def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
+        """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
+        if name not in self.slices:
+            with torch.enable_grad():  # for later calls; the first one may be without
+                weight = self.shared[name][:out, : 1 if depthwise else x.shape[1]]
+                while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
+                    side = weight.shape[-1] - 2
+                    centre = weight[:, :, 1:-1, 1:-1].reshape(out, side * side)
+                    weight = (centre @ self.shared[f"{name}_to{side}"]).view(out, 1, side, side)
+                self.slices[name] = weight.contiguous(memory_format=torch.channels_last)
+        bias, groups = self.vector(f"{name}_bias", out) if bias else None, out if depthwise else 1
+        return F.conv2d(x, self.slices[name], bias, stride, kernel // 2, groups=groups)
+
+    def vector(self, name, size):
+        if name not in self.slices:
+            with torch.enable_grad():
+                self.slices[name] = self.shared[name][:size]
+        return self.slices[name]
+
+
 def divisible(channels):
     """The nearest multiple of 8 that is at least 8 and not below 90 % of `channels`."""
     rounded = max(8, int(channels + 4) // 8 * 8)
@@ -305,15 +387,15 @@ def sample(net, rng, varies="", base=()):
     )
 
 
-class Network:
+class Network(Slices):
     """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its weights are
-    leading slices of the shared ones, taken in the first call: after an SGD step, make a new one.
-    Batch norm has the batch's statistics, as in training; frozen() has those of the last call."""
+    slices as they were in the first call: after an SGD step, make a new one. Batch norm has the
+    batch's statistics, as in training; frozen() has those of the last call."""
 
-    def __init__(self, net, weights, student):
-        self.net, self.shared = net, weights
-        self.choice = dict(zip(net["genes"], student))
-        self.slices, self.stats = {}, {}  # {name: part of a weight}, {name: (mean, variance)}
+    def __init__(self, net, shared, student):
+        super().__init__(shared)
+        self.net, self.choice = net, dict(zip(net["genes"], student))
+        self.stats = {}  # {layer: (mean, variance) of its output's channels}
         self.averaging, self.fixed = 1.0, False  # the next batch's weight in stats; are they fixed
 
     def __call__(self, x):
@@ -386,81 +468,8 @@ class Network:
             self.stats[name] = scale.new_zeros(2, out)  # updated in place
         return F.batch_norm(x, *self.stats[name], scale, shift, True, self.averaging)
 
-    def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
-        """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
-        if name not in self.slices:
-            with torch.enable_grad():  # for later calls; the first one may be without
-                weight = self.shared[name][:out, : 1 if depthwise else x.shape[1]]
-                while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
-                    side = weight.shape[-1] - 2
-                    centre = weight[:, :, 1:-1, 1:-1].reshape(out, side * side)
-                    weight = (centre @ self.shared[f"{name}_to{side}"]).view(out, 1, side, side)
-                self.slices[name] = weight.contiguous(memory_format=torch.channels_last)
-        bias, groups = self.vector(f"{name}_bias", out) if bias else None, out if depthwise else 1
-        return F.conv2d(x, self.slices[name], bias, stride, kernel // 2, groups=groups)
 
-    def vector(self, name, size):
-        if name not in self.slices:
-            with torch.enable_grad():
-                self.slices[name] = self.shared[name][:size]
-        return self.slices[name]
-
-
-@torch.no_grad()
-def calibrated(network, images, batch=250):
-    """The student as it is judged and exported: with batch-norm statistics of its own, from uint8
-    images, augmented as in training. What reaches a layer depends on the student, so none would
-    suit all."""
-    for i, x in enumerate(images.split(batch)):
-        network.averaging = len(x) / (i * batch + len(x))  # a plain average
-        network(x / 255)
-    return network.frozen()
-
-
-# ---- Attack and judgement ------------------------------------------------------------------------
-def pgd(network, x, loss, start, eps, step_size, steps):
-    """Projected gradient ascent (Madry et al., 2018), the inner maximisation of equation 1: signed
-    steps up loss(network(x')) from x + start, within |x' - x| <= eps and 0 <= x' <= 1."""
-    x_adv = (x + start).clamp(0, 1)
-    for _ in range(steps):
-        x_adv.requires_grad_()
-        with torch.enable_grad():  # judge() switches it off; of x alone, so not of the weights
-            (gradient,) = torch.autograd.grad(loss(network(x_adv)), x_adv)
-        x_adv = x_adv.detach() + step_size * gradient.sign()
-        x_adv = (x + (x_adv - x).clamp(-eps, eps)).clamp(0, 1)
-    return x_adv
-
-
-@torch.no_grad()
-def judge(network, images, labels, eps, step_size, steps, batch=100):
-    """(natural, robust), bool (N,): which uint8 images are right, and which still are after PGD on
-    the cross-entropy. It starts at one place of the ball for all: no answer depends on the batch.
-    FGSM, which is PGD of one step, starts at the image."""
-    noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    start = (2 * noise.to(images.device) - 1) * (eps if steps > 1 else 0)
-    natural = torch.cat([network(x / 255).argmax(1) for x in images.split(batch)]) == labels
-    robust = torch.zeros_like(natural)
-    for pick in natural.nonzero()[:, 0].split(batch):
-        if len(pick) == 0:  # none is right; nothing splits into one empty piece
-            break
-        pick = pick.repeat(batch // len(pick) + 1)[:batch]  # filled up: cuDNN meets one shape
-        x, y = images[pick] / 255, labels[pick]
-        x_adv = pgd(network, x, lambda z: F.cross_entropy(z, y), start, eps, step_size, steps)
-        robust[pick] = network(x_adv).argmax(1) == y
-    return natural, robust
-
-
-# ---- Data ----------------------------------------------------------------------------------------
-def load_images(args, net, device):
-    """{train, held_out, test}: uint8 (N, 3, 32, 32), {...}_labels: (N,), the classes' names, and
-    calibration, training images for batch norms' statistics."""
-    images = load(args.out / "01_images.pt", args.common)
-    if images["mark"] != net["settings"]["data"]:
-        fail("01_images.pt and 01_dynamic_net.pt are of different images: --restart chapter 1")
-    return moved(images, device)
-
-
-# ---- Files: the only thing that chapters share; each is written whole or not at all --------------
+# ---- Files and flags, the same in every chapter --------------------------------------------------
 def fail(message):  # run_chapter() prints it as one line on stderr; exit code 2
     raise SystemExit(message)
 
@@ -537,7 +546,6 @@ def moved(content, device, learn=False):
     }
 
 
-# ---- Flags, and how chapters follow each other ---------------------------------------------------
 CHAPTERS = [
     "01_dynamic_net.py",
     "02_teacher_trades.py",
@@ -545,7 +553,9 @@ CHAPTERS = [
     "04_predictor.py",
     "05_nsga2.py",
 ]
+
 PRESETS = ["paper", "quick", "tiny"]
+
 COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
     "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},

@@ -37,6 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+# ---- The lesson: NSGA-II -------------------------------------------------------------------------
 # fmt: off
 FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
     "population": (100, 100, 40, 2, 5000, "students of a generation; released code 100"),
@@ -46,7 +47,6 @@ FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
 # fmt: on
 
 
-# ---- The lesson: NSGA-II -------------------------------------------------------------------------
 def main():
     args = read_flags(
         sampling={"choices": ["progressive", "random"], "default": "progressive"},
@@ -200,6 +200,7 @@ def breed(net, mother, father, mutation, rng):
     return canonical(net, child)
 
 
+# ---- What a student costs ------------------------------------------------------------------------
 def cost(net, student):
     """(parameters, MACs of one 3x32x32 image) of a student; its classifier is a 1x1 layer here."""
     choice, side = dict(zip(net["genes"], student)), 32 // net["stem_stride"]
@@ -239,100 +240,63 @@ def cost(net, student):
     return params, sum(inp * out * (kernel * side) ** 2 for inp, out, kernel, side, _ in layers)
 
 
-# ---- The figures, from the tables that chapters 2 to 5 have written ------------------------------
-COLOURS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a8a8a", "#b8860b"  # for the colour-blind
-STYLE = """text{fill:#1f2328;font:13px sans-serif} path{stroke:#d1d9e0}
-polyline{fill:none;stroke-width:2} .page{fill:#fff}
-@media(prefers-color-scheme:dark){text{fill:#f0f6fc} path{stroke:#3d444d} .page{fill:#0d1117}}"""
-NATURAL, ROBUST = "natural accuracy in %", "robust accuracy in %"
+# ---- The predictor, word for word as in chapter 4 ------------------------------------------------
+def predict_accuracy(predictor, net, students):
+    """Predicted (natural, robust) accuracy of students, (N, 2), each a share of 1."""
+    answers = mlp(predictor["layers"], one_hot(net, students))
+    return answers * predictor["scale"] + predictor["mean"]
 
 
-def plot(path, *panels):
-    """Write panels, (title, x label, y label, {name: (style, xs, ys)}), side by side as an SVG, for
-    light and dark pages. Styles are line, dots and rings. Nothing is drawn without values."""
-    panels = [
-        (*labels, {name: drawn for name, drawn in series.items() if drawn[1]})
-        for *labels, series in panels
+def one_hot(net, students):
+    """Features (N, sum of choices): for each gene a 1 at its choice; none where it is off."""
+    columns = [
+        [float(student[i] == choice) for student in students]
+        for i, choices in enumerate(net["genes"].values())
+        for choice in choices
     ]
-    if not panels or not all(series for *_, series in panels):
-        return []
-    parts = ['<rect class="page" width="100%" height="100%"/>']
-
-    def text(x, y, words, anchor="middle", more=""):
-        words = html.escape(words)
-        parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{words}</text>')
-
-    for number, (title, x_label, y_label, series) in enumerate(panels):
-        left, ends = 70 + 420 * number, []  # a panel is 320 x 280 pixels
-        for axis in (1, 2):
-            values = [value for drawn in series.values() for value in drawn[axis]]
-            span = max(values) - min(values) or abs(values[0]) or 1
-            steps = (m * 10.0**e for e in range(-9, 12) for m in (1, 2, 5))
-            step = next(step for step in steps if span <= 6 * step)
-            first, last = math.floor(min(values) / step), math.floor(max(values) / step) + 1
-            ends.append((first * step, last * step))
-            for tick in range(first, last + 1):
-                share, label = (tick - first) / (last - first), f"{tick * step:.6g}"
-                if axis == 1:
-                    parts.append(f'<path d="M{left + 320 * share:.1f} 50v280"/>')
-                    text(left + 320 * share, 348, label)
-                else:
-                    parts.append(f'<path d="M{left} {330 - 280 * share:.1f}h320"/>')
-                    text(left - 6, 334 - 280 * share, label, "end")
-        text(left + 160, 36, title, more='font-weight="bold"')
-        text(left + 160, 370, x_label)
-        text(0, 0, y_label, more=f'transform="translate({left - 48} 190) rotate(-90)"')
-        (x0, x1), (y0, y1) = ends
-        for i, (name, (style, xs, ys)) in enumerate(series.items()):
-            colour, legend = COLOURS[i], 392 + 18 * i
-            points = [
-                (left + 320 * (x - x0) / (x1 - x0), 330 - 280 * (y - y0) / (y1 - y0))
-                for x, y in zip(xs, ys)
-            ]
-            if style == "line":
-                for line in (points, [(left - 4, legend), (left + 12, legend)]):
-                    places = " ".join(f"{x:.1f},{y:.1f}" for x, y in line)
-                    parts.append(f'<polyline points="{places}" stroke="{colour}"/>')
-            else:
-                look = f'r="3" fill="{colour}"'
-                if style == "rings":
-                    look = f'r="6" fill="none" stroke-width="2" stroke="{colour}"'
-                parts += [
-                    f'<circle cx="{x:.1f}" cy="{y:.1f}" {look}/>'
-                    for x, y in [*points, (left + 4, legend)]
-                ]
-            text(left + 20, legend + 4, name, "start")
-    size = f"0 0 {420 * len(panels) + 20} {400 + 18 * max(len(s) for *_, s in panels)}"
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}"><style>{STYLE}</style>'
-    write(path, "\n".join([head, *parts, "</svg>\n"]).encode(errors="replace"))
-    return [path]
+    return torch.tensor(columns).T
 
 
-def table(args, name, **wanted):
-    """The rows of a table in the folder whose columns are as wanted; none if there is no table."""
-    path = args.out / f"{name}.csv"
-    text = io.StringIO(path.read_text("utf-8") if path.exists() else "")
-    return [row for row in csv.DictReader(text) if wanted.items() <= row.items()]
+def mlp(layers, x):
+    """A fully-connected network with ReLU: features x (N, sum of choices) -> (N, 2)."""
+    for matrix, bias in layers[:-1]:
+        x = F.relu(x @ matrix + bias)
+    matrix, bias = layers[-1]
+    return x @ matrix + bias
 
 
-def points(rows, x, y, style="line"):
-    """(style, xs, ys) for plot(), accuracies in %, of the rows that hold two numbers below 1e9 and
-    are within their budget."""
-
-    def value(row, name):
-        share = name.startswith(("natural", "robust", "predicted", "pgd")) and "kl" not in name
-        try:
-            if float(row.get("macs", 0)) / 1e6 > float(row.get("max_macs", "inf")):
-                return math.nan
-            return float(row[name]) * (100 if share else 1)
-        except (KeyError, TypeError, ValueError):
-            return math.nan
-
-    pairs = [(value(row, x), value(row, y)) for row in rows]
-    pairs = [pair for pair in pairs if abs(pair[0]) < 1e9 and abs(pair[1]) < 1e9]
-    return style, [x for x, _ in pairs], [y for _, y in pairs]
+# ---- The genotype, word for word as in chapter 1 -------------------------------------------------
+def divisible(channels):
+    """The nearest multiple of 8 that is at least 8 and not below 90 % of `channels`."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
+def canonical(net, student):
+    """The one genotype of a student: genes of blocks that its depths switch off are 0."""
+    chosen = dict(zip(net["genes"], student))
+    off = [gene for gene, (depth, least) in net["switches"].items() if chosen[depth] < least]
+    return tuple((chosen | dict.fromkeys(off, 0)).values())
+
+
+def student_at(net, place):
+    """The student that takes this choice of every gene: -1 the largest, 0 the smallest."""
+    return canonical(net, [choices[place] for choices in net["genes"].values()])
+
+
+def sample(net, rng, varies="", base=()):
+    """A student: genes of kinds in varies ("": all, (): none) at random, the others of `base`."""
+    genes = zip(net["genes"].items(), base or student_at(net, -1))
+    return canonical(
+        net,
+        [
+            rng.choice(choices) if gene.startswith(varies) else kept
+            for (gene, choices), kept in genes
+        ],
+    )
+
+
+# ---- Stale files, word for word as in chapter 2 --------------------------------------------------
 def usable(path, settings):
     """What load() gives; nothing of a file that is not there, nor, with a line that says why, of
     one that is stale or not ours."""
@@ -340,6 +304,190 @@ def usable(path, settings):
         return load(path, settings) if path.exists() else None
     except SystemExit as problem:
         print(f"passed over: {problem}")
+
+
+# ---- Files and flags, the same in every chapter --------------------------------------------------
+def fail(message):  # run_chapter() prints it as one line on stderr; exit code 2
+    raise SystemExit(message)
+
+
+def write(path, content):
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path)  # a full disk's has no name
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_csv(path, rows):
+    text = io.StringIO()
+    table = csv.DictWriter(text, rows[0], lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write(path, text.getvalue().encode(errors="replace"))
+
+
+def save(path, settings, sources, **content):
+    """Write what load() reads. It remembers its sources, which load() gave, by their checksums. A
+    file that another run has written, with other settings, is not overwritten."""
+    settings, made_from = {**settings, "file": path.name}, {}
+    if path.exists() and torch.load(path, weights_only=True, mmap=True)["settings"] != settings:
+        fail(f"{path} is another run's by now, with other settings: give each run its own --out")
+    for source in sources:
+        made_from |= source["made_from"] | {source["settings"]["file"]: source["mark"]}
+    buffer = io.BytesIO()
+    torch.save({"settings": settings, "made_from": made_from, **content}, buffer)
+    write(path, buffer.getvalue())
+
+
+def load(path, settings):
+    """What save() wrote, and `mark`, its checksum; exits if it is damaged, of other settings, or
+    stale: if a file that it was made from, or one that this was made from, is another by now."""
+    content = path.read_bytes()
+    try:
+        if zipfile.ZipFile(io.BytesIO(content)).testzip():
+            raise zipfile.BadZipFile
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        made_with, made_from = dict(loaded["settings"]), dict(loaded["made_from"])
+    except Exception as error:  # of many kinds
+        fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
+    for name, value in {**settings, "file": path.name}.items():
+        if made_with.get(name) != value:
+            old = made_with.get(name)  # a folder of images that has moved goes on by its old name
+            way = shlex.join([f"--{name}={old}"]) if name in COMMON else "--restart"
+            fail(f"{path}: {name} was {old}, not {value}: {way} or other --out")
+    for name, mark in made_from.items():
+        source = path.with_name(name)
+        if source.exists() and checksum(source.read_bytes()) != mark:
+            chapter = CHAPTERS[int(path.name[:2]) - 1]
+            fail(
+                f"{path} is stale: {name} is another one by now: {chapter} --restart makes it anew"
+            )
+    return {**loaded, "mark": checksum(content)}
+
+
+def checksum(content):
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+CHAPTERS = [
+    "01_dynamic_net.py",
+    "02_teacher_trades.py",
+    "03_progressive_rslad.py",
+    "04_predictor.py",
+    "05_nsga2.py",
+]
+
+PRESETS = ["paper", "quick", "tiny"]
+
+COMMON = {  # flags of every chapter, which it passes on to those that it runs
+    "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
+    "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
+    "preset": {"choices": PRESETS, "help": "of all numbers below; default: paper, for toy tiny"},
+    "out": {"type": Path, "help": "default: runs/<dataset>-<net>[-<preset>][-seed<seed>]"},
+    "seed": {"default": 0, "type": int},
+    "device": {"help": "cpu, cuda or cuda:N; default: cuda if there is one"},
+}
+
+
+def read_flags(**others):
+    """COMMON's flags, others, and FLAGS, by default the preset's; adds `given`, to pass on, and
+    `common` and `settings`, which files are made with."""
+    others["restart"] = {"action": "store_true", "help": "start this chapter over"}
+    for flag, (*values, least, most, text) in FLAGS.items():
+        text += f"; {least} to {most}; presets {values}"
+        others[flag] = {"type": type(values[0]), "help": text}
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.error = fail
+    for flag, options in {**COMMON, **others}.items():
+        parser.add_argument("--" + flag.replace("_", "-"), **options)
+    args = parser.parse_args()
+    args.given = [
+        f"--{flag}={value}"
+        for flag, value in vars(args).items()
+        if flag in COMMON and value != parser.get_default(flag)
+    ]
+    usual = "tiny" if args.dataset == "toy" else "paper"
+    preset = args.preset or usual
+    for flag, (*values, least, most, text) in FLAGS.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, values[PRESETS.index(preset)])
+        if not least <= getattr(args, flag) <= most:
+            fail(f"{flag} is {getattr(args, flag)}, not {least} to {most}: {text}")
+    args.settings = {flag: getattr(args, flag) for flag in FLAGS}
+    if not 0 <= args.seed < 2**31:
+        fail(f"--seed is {args.seed}, not 0 to {2**31 - 1}")
+    folder, built_in = Path(args.dataset).resolve(), args.dataset in ("cifar10", "cifar100", "toy")
+    if built_in and (folder / "train").is_dir():
+        fail(f"--dataset {args.dataset}: write ./{args.dataset}, or rename the folder of this name")
+    dataset = args.dataset if built_in else str(folder)  # two folders may have one last name
+    args.common = {"dataset": dataset, "net": args.net, "preset": preset, "seed": args.seed}
+    name = f"{folder.name}-{args.net}"
+    if preset != usual:
+        name += f"-{preset}"
+    if args.seed:
+        name += f"-seed{args.seed}"
+    args.out = args.out or Path("runs", name)
+    return args
+
+
+def run_missing(args, *files):
+    """Run each earlier chapter whose file is missing; if stopped, it stops the one that runs."""
+    for name, script in zip(files, CHAPTERS):
+        if not (args.out / name).exists():
+            print(f"{args.out / name} is missing: running {script}\n")
+            command = [sys.executable, Path(__file__).resolve().with_name(script), *args.given]
+            command += [f"--sampling={args.sampling}"] if script > "03" else []
+            if subprocess.run(command).returncode:
+                raise SystemExit(2)  # it has said why
+
+
+def finish(args, rows, wrote, following=""):
+    for line in [rows[0], *(row.values() for row in rows)] if rows else []:
+        print(*(f"{format(cell, '.4g') if isinstance(cell, float) else cell:>17}" for cell in line))
+    print("wrote", *wrote)
+    if following:
+        print("next: python", following, shlex.join(args.given))
+
+
+def run_chapter():
+    """main(); being stopped, or a file that cannot be read or written, ends it with one line."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a child is ended, too
+    if hasattr(sys.stdout, "reconfigure"):  # not if it is closed, or a notebook's
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal may lack letters
+    try:
+        return main()
+    except KeyboardInterrupt:
+        line, code = "stopped; the same command, without --restart, goes on from here", 130
+    except OSError as error:
+        sys.stdout = None  # it may be what failed, as with `| head`
+        line = f"{error.filename or 'the output'} could not be read or written: {error.strerror}"
+        line, code = f"{Path(sys.argv[0]).name}: {line}", 2
+    except SystemExit as stop:
+        if not isinstance(stop.code, str):  # of argparse, or of a chapter that ran before this one
+            raise
+        line, code = f"{Path(sys.argv[0]).name}: {stop.code}", 2
+    print(line, file=sys.stderr)
+    raise SystemExit(code)
+
+
+# ---- The figures of all tables; the lesson does not need them ------------------------------------
+COLOURS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a8a8a", "#b8860b"  # for the colour-blind
+
+
+STYLE = """text{fill:#1f2328;font:13px sans-serif} path{stroke:#d1d9e0}
+polyline{fill:none;stroke-width:2} .page{fill:#fff}
+@media(prefers-color-scheme:dark){text{fill:#f0f6fc} path{stroke:#3d444d} .page{fill:#0d1117}}"""
+
+
+NATURAL, ROBUST = "natural accuracy in %", "robust accuracy in %"
 
 
 def figures(args):
@@ -434,231 +582,90 @@ def costs(args):
     return rows
 
 
-# ---- The predictor -------------------------------------------------------------------------------
-def one_hot(net, students):
-    """Features (N, sum of choices): for each gene a 1 at its choice; none where it is off."""
-    columns = [
-        [float(student[i] == choice) for student in students]
-        for i, choices in enumerate(net["genes"].values())
-        for choice in choices
+def plot(path, *panels):
+    """Write panels, (title, x label, y label, {name: (style, xs, ys)}), side by side as an SVG, for
+    light and dark pages. Styles are line, dots and rings. Nothing is drawn without values."""
+    panels = [
+        (*labels, {name: drawn for name, drawn in series.items() if drawn[1]})
+        for *labels, series in panels
     ]
-    return torch.tensor(columns).T
+    if not panels or not all(series for *_, series in panels):
+        return []
+    parts = ['<rect class="page" width="100%" height="100%"/>']
+
+    def text(x, y, words, anchor="middle", more=""):
+        words = html.escape(words)
+        parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{words}</text>')
+
+    for number, (title, x_label, y_label, series) in enumerate(panels):
+        left, ends = 70 + 420 * number, []  # a panel is 320 x 280 pixels
+        for axis in (1, 2):
+            values = [value for drawn in series.values() for value in drawn[axis]]
+            span = max(values) - min(values) or abs(values[0]) or 1
+            steps = (m * 10.0**e for e in range(-9, 12) for m in (1, 2, 5))
+            step = next(step for step in steps if span <= 6 * step)
+            first, last = math.floor(min(values) / step), math.floor(max(values) / step) + 1
+            ends.append((first * step, last * step))
+            for tick in range(first, last + 1):
+                share, label = (tick - first) / (last - first), f"{tick * step:.6g}"
+                if axis == 1:
+                    parts.append(f'<path d="M{left + 320 * share:.1f} 50v280"/>')
+                    text(left + 320 * share, 348, label)
+                else:
+                    parts.append(f'<path d="M{left} {330 - 280 * share:.1f}h320"/>')
+                    text(left - 6, 334 - 280 * share, label, "end")
+        text(left + 160, 36, title, more='font-weight="bold"')
+        text(left + 160, 370, x_label)
+        text(0, 0, y_label, more=f'transform="translate({left - 48} 190) rotate(-90)"')
+        (x0, x1), (y0, y1) = ends
+        for i, (name, (style, xs, ys)) in enumerate(series.items()):
+            colour, legend = COLOURS[i], 392 + 18 * i
+            points = [
+                (left + 320 * (x - x0) / (x1 - x0), 330 - 280 * (y - y0) / (y1 - y0))
+                for x, y in zip(xs, ys)
+            ]
+            if style == "line":
+                for line in (points, [(left - 4, legend), (left + 12, legend)]):
+                    places = " ".join(f"{x:.1f},{y:.1f}" for x, y in line)
+                    parts.append(f'<polyline points="{places}" stroke="{colour}"/>')
+            else:
+                look = f'r="3" fill="{colour}"'
+                if style == "rings":
+                    look = f'r="6" fill="none" stroke-width="2" stroke="{colour}"'
+                parts += [
+                    f'<circle cx="{x:.1f}" cy="{y:.1f}" {look}/>'
+                    for x, y in [*points, (left + 4, legend)]
+                ]
+            text(left + 20, legend + 4, name, "start")
+    size = f"0 0 {420 * len(panels) + 20} {400 + 18 * max(len(s) for *_, s in panels)}"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}"><style>{STYLE}</style>'
+    write(path, "\n".join([head, *parts, "</svg>\n"]).encode(errors="replace"))
+    return [path]
 
 
-def mlp(layers, x):
-    """A fully-connected network with ReLU: features x (N, sum of choices) -> (N, 2)."""
-    for matrix, bias in layers[:-1]:
-        x = F.relu(x @ matrix + bias)
-    matrix, bias = layers[-1]
-    return x @ matrix + bias
+def table(args, name, **wanted):
+    """The rows of a table in the folder whose columns are as wanted; none if there is no table."""
+    path = args.out / f"{name}.csv"
+    text = io.StringIO(path.read_text("utf-8") if path.exists() else "")
+    return [row for row in csv.DictReader(text) if wanted.items() <= row.items()]
 
 
-def predict_accuracy(predictor, net, students):
-    """Predicted (natural, robust) accuracy of students, (N, 2), each a share of 1."""
-    answers = mlp(predictor["layers"], one_hot(net, students))
-    return answers * predictor["scale"] + predictor["mean"]
+def points(rows, x, y, style="line"):
+    """(style, xs, ys) for plot(), accuracies in %, of the rows that hold two numbers below 1e9 and
+    are within their budget."""
 
+    def value(row, name):
+        share = name.startswith(("natural", "robust", "predicted", "pgd")) and "kl" not in name
+        try:
+            if float(row.get("macs", 0)) / 1e6 > float(row.get("max_macs", "inf")):
+                return math.nan
+            return float(row[name]) * (100 if share else 1)
+        except (KeyError, TypeError, ValueError):
+            return math.nan
 
-# ---- The genotype --------------------------------------------------------------------------------
-def divisible(channels):
-    """The nearest multiple of 8 that is at least 8 and not below 90 % of `channels`."""
-    rounded = max(8, int(channels + 4) // 8 * 8)
-    return rounded + 8 if rounded < 0.9 * channels else rounded
-
-
-def canonical(net, student):
-    """The one genotype of a student: genes of blocks that its depths switch off are 0."""
-    chosen = dict(zip(net["genes"], student))
-    off = [gene for gene, (depth, least) in net["switches"].items() if chosen[depth] < least]
-    return tuple((chosen | dict.fromkeys(off, 0)).values())
-
-
-def student_at(net, place):
-    """The student that takes this choice of every gene: -1 the largest, 0 the smallest."""
-    return canonical(net, [choices[place] for choices in net["genes"].values()])
-
-
-def sample(net, rng, varies="", base=()):
-    """A student: genes of kinds in varies ("": all, (): none) at random, the others of `base`."""
-    genes = zip(net["genes"].items(), base or student_at(net, -1))
-    return canonical(
-        net,
-        [
-            rng.choice(choices) if gene.startswith(varies) else kept
-            for (gene, choices), kept in genes
-        ],
-    )
-
-
-# ---- Files: the only thing that chapters share; each is written whole or not at all --------------
-def fail(message):  # run_chapter() prints it as one line on stderr; exit code 2
-    raise SystemExit(message)
-
-
-def write(path, content):
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, path)  # a full disk's has no name
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_csv(path, rows):
-    text = io.StringIO()
-    table = csv.DictWriter(text, rows[0], lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write(path, text.getvalue().encode(errors="replace"))
-
-
-def save(path, settings, sources, **content):
-    """Write what load() reads. It remembers its sources, which load() gave, by their checksums. A
-    file that another run has written, with other settings, is not overwritten."""
-    settings, made_from = {**settings, "file": path.name}, {}
-    if path.exists() and torch.load(path, weights_only=True, mmap=True)["settings"] != settings:
-        fail(f"{path} is another run's by now, with other settings: give each run its own --out")
-    for source in sources:
-        made_from |= source["made_from"] | {source["settings"]["file"]: source["mark"]}
-    buffer = io.BytesIO()
-    torch.save({"settings": settings, "made_from": made_from, **content}, buffer)
-    write(path, buffer.getvalue())
-
-
-def load(path, settings):
-    """What save() wrote, and `mark`, its checksum; exits if it is damaged, of other settings, or
-    stale: if a file that it was made from, or one that this was made from, is another by now."""
-    content = path.read_bytes()
-    try:
-        if zipfile.ZipFile(io.BytesIO(content)).testzip():
-            raise zipfile.BadZipFile
-        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        made_with, made_from = dict(loaded["settings"]), dict(loaded["made_from"])
-    except Exception as error:  # of many kinds
-        fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
-    for name, value in {**settings, "file": path.name}.items():
-        if made_with.get(name) != value:
-            old = made_with.get(name)  # a folder of images that has moved goes on by its old name
-            way = shlex.join([f"--{name}={old}"]) if name in COMMON else "--restart"
-            fail(f"{path}: {name} was {old}, not {value}: {way} or other --out")
-    for name, mark in made_from.items():
-        source = path.with_name(name)
-        if source.exists() and checksum(source.read_bytes()) != mark:
-            chapter = CHAPTERS[int(path.name[:2]) - 1]
-            fail(
-                f"{path} is stale: {name} is another one by now: {chapter} --restart makes it anew"
-            )
-    return {**loaded, "mark": checksum(content)}
-
-
-def checksum(content):
-    return hashlib.sha256(content).hexdigest()[:12]
-
-
-# ---- Flags, and how chapters follow each other ---------------------------------------------------
-CHAPTERS = [
-    "01_dynamic_net.py",
-    "02_teacher_trades.py",
-    "03_progressive_rslad.py",
-    "04_predictor.py",
-    "05_nsga2.py",
-]
-PRESETS = ["paper", "quick", "tiny"]
-COMMON = {  # flags of every chapter, which it passes on to those that it runs
-    "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
-    "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
-    "preset": {"choices": PRESETS, "help": "of all numbers below; default: paper, for toy tiny"},
-    "out": {"type": Path, "help": "default: runs/<dataset>-<net>[-<preset>][-seed<seed>]"},
-    "seed": {"default": 0, "type": int},
-    "device": {"help": "cpu, cuda or cuda:N; default: cuda if there is one"},
-}
-
-
-def read_flags(**others):
-    """COMMON's flags, others, and FLAGS, by default the preset's; adds `given`, to pass on, and
-    `common` and `settings`, which files are made with."""
-    others["restart"] = {"action": "store_true", "help": "start this chapter over"}
-    for flag, (*values, least, most, text) in FLAGS.items():
-        text += f"; {least} to {most}; presets {values}"
-        others[flag] = {"type": type(values[0]), "help": text}
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.error = fail
-    for flag, options in {**COMMON, **others}.items():
-        parser.add_argument("--" + flag.replace("_", "-"), **options)
-    args = parser.parse_args()
-    args.given = [
-        f"--{flag}={value}"
-        for flag, value in vars(args).items()
-        if flag in COMMON and value != parser.get_default(flag)
-    ]
-    usual = "tiny" if args.dataset == "toy" else "paper"
-    preset = args.preset or usual
-    for flag, (*values, least, most, text) in FLAGS.items():
-        if getattr(args, flag) is None:
-            setattr(args, flag, values[PRESETS.index(preset)])
-        if not least <= getattr(args, flag) <= most:
-            fail(f"{flag} is {getattr(args, flag)}, not {least} to {most}: {text}")
-    args.settings = {flag: getattr(args, flag) for flag in FLAGS}
-    if not 0 <= args.seed < 2**31:
-        fail(f"--seed is {args.seed}, not 0 to {2**31 - 1}")
-    folder, built_in = Path(args.dataset).resolve(), args.dataset in ("cifar10", "cifar100", "toy")
-    if built_in and (folder / "train").is_dir():
-        fail(f"--dataset {args.dataset}: write ./{args.dataset}, or rename the folder of this name")
-    dataset = args.dataset if built_in else str(folder)  # two folders may have one last name
-    args.common = {"dataset": dataset, "net": args.net, "preset": preset, "seed": args.seed}
-    name = f"{folder.name}-{args.net}"
-    if preset != usual:
-        name += f"-{preset}"
-    if args.seed:
-        name += f"-seed{args.seed}"
-    args.out = args.out or Path("runs", name)
-    return args
-
-
-def run_missing(args, *files):
-    """Run each earlier chapter whose file is missing; if stopped, it stops the one that runs."""
-    for name, script in zip(files, CHAPTERS):
-        if not (args.out / name).exists():
-            print(f"{args.out / name} is missing: running {script}\n")
-            command = [sys.executable, Path(__file__).resolve().with_name(script), *args.given]
-            command += [f"--sampling={args.sampling}"] if script > "03" else []
-            if subprocess.run(command).returncode:
-                raise SystemExit(2)  # it has said why
-
-
-def finish(args, rows, wrote, following=""):
-    for line in [rows[0], *(row.values() for row in rows)] if rows else []:
-        print(*(f"{format(cell, '.4g') if isinstance(cell, float) else cell:>17}" for cell in line))
-    print("wrote", *wrote)
-    if following:
-        print("next: python", following, shlex.join(args.given))
-
-
-def run_chapter():
-    """main(); being stopped, or a file that cannot be read or written, ends it with one line."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a child is ended, too
-    if hasattr(sys.stdout, "reconfigure"):  # not if it is closed, or a notebook's
-        sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a terminal may lack letters
-    try:
-        return main()
-    except KeyboardInterrupt:
-        line, code = "stopped; the same command, without --restart, goes on from here", 130
-    except OSError as error:
-        sys.stdout = None  # it may be what failed, as with `| head`
-        line = f"{error.filename or 'the output'} could not be read or written: {error.strerror}"
-        line, code = f"{Path(sys.argv[0]).name}: {line}", 2
-    except SystemExit as stop:
-        if not isinstance(stop.code, str):  # of argparse, or of a chapter that ran before this one
-            raise
-        line, code = f"{Path(sys.argv[0]).name}: {stop.code}", 2
-    print(line, file=sys.stderr)
-    raise SystemExit(code)
+    pairs = [(value(row, x), value(row, y)) for row in rows]
+    pairs = [pair for pair in pairs if abs(pair[0]) < 1e9 and abs(pair[1]) < 1e9]
+    return style, [x for x, _ in pairs], [y for _, y in pairs]
 
 
 if __name__ == "__main__":

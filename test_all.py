@@ -18,6 +18,7 @@ import itertools
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -49,7 +50,7 @@ c1, c2, c3, c4, c5 = CHAPTERS = [*map(importlib.import_module, NAMES)]
 NETS = {"-".join(key): c1.make_net(*key, 10) for key in c1.NETWORKS}
 TINY = [NETS["resnet50-tiny"], NETS["mbv3-tiny"]]
 both = pytest.mark.parametrize("net", TINY, ids=["resnet50", "mbv3"])
-TRAIN = ["--batch-size", 32, "--val-images", 10, "--calibration-images", 60, "--epochs"]
+TRAIN = ["--batch-size", 32, "--val-images", 10, "--epochs"]
 QUICK = {  # every chapter in seconds, on the folder of three classes
     1: [],
     2: [*TRAIN, 3],
@@ -63,8 +64,6 @@ QUICK = {  # every chapter in seconds, on the folder of three classes
         18,
         "--steps",
         4,
-        "--calibration-images",
-        60,
         "--eps",
         6,
     ],
@@ -379,9 +378,7 @@ def test_robust_accuracy_counts_images_right_before_and_after_the_attack():
 def test_judging_when_no_image_is_right_and_where_there_are_no_doubles(finished, monkeypatch):
     net, data = (read(finished / f"run/{name}.pt") for name in ("01_dynamic_net", "01_images"))
     data["held_out_labels"] += 3
-    args = SimpleNamespace(
-        calibration_images=60, images=18, val_images=9, eps=8, step_size=2, steps=2
-    )
+    args = SimpleNamespace(images=18, val_images=9, eps=8, step_size=2, steps=2)
     monkeypatch.setattr(torch.Tensor, "double", None)  # as on "mps"
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     c2.pick_device(SimpleNamespace(device="cpu"))
@@ -402,11 +399,11 @@ def test_calibration_is_pytorchs_average_over_batches():
 
 def test_calibration_images_are_training_images_augmented_once_for_all(finished):
     data, places = read(finished / "run/01_images.pt"), set()
-    assert len(data["calibration"]) == len(data["train"]) == 162  # at most 4,000
+    assert len(data["calibration"]) == len(data["train"]) == 162  # at most 2,000, tiny 500
     for image, ours in zip(F.pad(data["train"], (4, 4, 4, 4)), data["calibration"]):
         places |= {*crops_of(image, ours)}
     assert len(places) > 100
-    args = SimpleNamespace(dataset=str(finished / "shades"), seed=SEED + 7)
+    args = SimpleNamespace(dataset=str(finished / "shades"), seed=7, common={"preset": "tiny"})
     again = c1.read_images(args)["calibration"]
     assert torch.equal(again, data["calibration"])
 
@@ -616,7 +613,7 @@ def test_pictures_are_of_images_that_are_right(monkeypatch, right, columns):
     images[[*right]] = 255
     network = lambda x: torch.stack([1 - x.mean((1, 2, 3)), x.mean((1, 2, 3))], 1)
     monkeypatch.setattr(c4, "calibrated", lambda network, images: network)
-    args = SimpleNamespace(images=150, eps=8, step_size=8, steps=1, calibration_images=9)
+    args = SimpleNamespace(images=150, eps=8, step_size=8, steps=1)
     data = {"calibration": images, "held_out": images, "held_out_labels": labels}
     grid = np.asarray(Image.open(io.BytesIO(c4.pictures(args, network, data))))
     assert grid.shape == (332, 2 + 110 * columns, 3)
@@ -1083,15 +1080,25 @@ def test_a_picture_is_read_as_viewers_show_it(tmp_path):
 
 
 # ---- The chain -----------------------------------------------------------------------------------
-def test_chapters_share_only_equal_text():
-    seen = {}
-    for name in NAMES:
+def test_chapters_share_only_equal_text_and_their_headings_say_which():
+    """Below a heading that names a chapter, everything stands there, too; below others nothing that
+    an earlier chapter has, but for files and flags."""
+    seen, where = {}, {}
+    for number, name in enumerate(NAMES, 1):
         text = (HERE / f"{name}.py").read_text()
+        headings = {n: line for n, line in enumerate(text.splitlines(), 1) if line[:6] == "# ----"}
         for node in ast.parse(text).body:
             targets = [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]
             for own in {*targets, getattr(node, "name", "main")} - {"main", "FLAGS"}:
                 source = ast.get_source_segment(text, node)
                 assert seen.setdefault(own, source) == source, f"{own} differs in {name}"
+                heading = headings[max(n for n in headings if n < node.lineno)]
+                known = re.search(r"as in chapter (\d)", heading)
+                if known:
+                    assert int(known[1]) in where[own], f"{own} in {name} is new"
+                elif "the same in every chapter" not in heading:
+                    assert own not in where, f"{own} in {name} is known"
+                where.setdefault(own, []).append(number)
     assert len(seen) > 50
 
 

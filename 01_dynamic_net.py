@@ -230,16 +230,13 @@ def student_at(net, place):
     return canonical(net, [choices[place] for choices in net["genes"].values()])
 
 
-def sample(net, rng, varies="", base=()):
-    """A student: genes of kinds in varies ("": all, (): none) at random, the others of `base`."""
-    genes = zip(net["genes"].items(), base or student_at(net, -1))
-    return canonical(
-        net,
-        [
-            rng.choice(choices) if gene.startswith(varies) else kept
-            for (gene, choices), kept in genes
-        ],
-    )
+def sample(net, rng, varies=None, base=()):
+    """A student: genes of the kinds in `varies` (None: all) at random, the others of `base`."""
+    student = []
+    for (gene, choices), kept in zip(net["genes"].items(), base or student_at(net, -1)):
+        at_random = varies is None or gene.split("_")[0] in varies
+        student.append(rng.choice(choices) if at_random else kept)
+    return canonical(net, student)
 
 
 def usual(net):
@@ -661,12 +658,8 @@ def read_flags(**others):
         fail(f"--dataset {args.dataset}: write ./{args.dataset}, or rename the folder of this name")
     dataset = args.dataset if built_in else str(folder)  # two folders may have one last name
     args.common = {"dataset": dataset, "net": args.net, "preset": preset, "seed": args.seed}
-    name = f"{folder.name}-{args.net}"
-    if preset != usual:
-        name += f"-{preset}"
-    if args.seed:
-        name += f"-seed{args.seed}"
-    args.out = args.out or Path("runs", name)
+    unusual = [preset] * (preset != usual) + [f"seed{args.seed}"] * (args.seed > 0)
+    args.out = args.out or Path("runs", "-".join([folder.name, args.net, *unusual]))
     return args
 
 
@@ -689,13 +682,13 @@ def run_chapter():
         line, code = "stopped; the same command, without --restart, goes on from here", 130
     except OSError as error:
         sys.stdout = None  # it may be what failed, as with `| head`
-        line = f"{error.filename or 'the output'} could not be read or written: {error.strerror}"
-        line, code = f"{Path(sys.argv[0]).name}: {line}", 2
+        name = error.filename or "the output"
+        line, code = f"{name} could not be read or written: {error.strerror}", 2
     except SystemExit as stop:
         if not isinstance(stop.code, str):  # of argparse, or of a chapter that ran before this one
             raise
-        line, code = f"{Path(sys.argv[0]).name}: {stop.code}", 2
-    print(line, file=sys.stderr)
+        line, code = stop.code, 2
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     raise SystemExit(code)
 
 

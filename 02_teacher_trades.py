@@ -9,6 +9,8 @@
 Adversarial training overfits in robustness first, which is why an epoch is chosen. The test images
 are for final numbers alone, and those are all made here: --judge is table 1 (section 5.4).
 
+New here: main, the attack pgd, judging, table 1 and the export; the network is as in chapter 1.
+
     python 02_teacher_trades.py --dataset cifar10    # the paper's schedule, on a GPU
     python 02_teacher_trades.py --student usual      # a row of table 1: TRADES of one student
     python 02_teacher_trades.py --judge              # table 1 of what is there; ends chapter 5
@@ -179,9 +181,10 @@ def calibrated(network, images, batch=250):
 
 @torch.no_grad()
 def judge(network, images, labels, eps, step_size, steps, batch=100):
-    """(natural, robust), bool (N,): which uint8 images are right, and which still are after PGD on
-    the cross-entropy. It starts at one place of the ball for all: no answer depends on the batch.
-    FGSM, which is PGD of one step, starts at the image."""
+    """(natural, robust), bool (N,): which uint8 images are right, and which still are after PGD. It
+    climbs the cross-entropy, as all papers report it: here a wrong class counts, in training any
+    other answer. It starts at one place of the ball for all: no answer depends on the batch. FGSM,
+    which is PGD of one step, starts at the image."""
     noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     start = (2 * noise.to(images.device) - 1) * (eps if steps > 1 else 0)
     natural = torch.cat([network(x / 255).argmax(1) for x in images.split(batch)]) == labels
@@ -610,12 +613,8 @@ def read_flags(**others):
         fail(f"--dataset {args.dataset}: write ./{args.dataset}, or rename the folder of this name")
     dataset = args.dataset if built_in else str(folder)  # two folders may have one last name
     args.common = {"dataset": dataset, "net": args.net, "preset": preset, "seed": args.seed}
-    name = f"{folder.name}-{args.net}"
-    if preset != usual:
-        name += f"-{preset}"
-    if args.seed:
-        name += f"-seed{args.seed}"
-    args.out = args.out or Path("runs", name)
+    unusual = [preset] * (preset != usual) + [f"seed{args.seed}"] * (args.seed > 0)
+    args.out = args.out or Path("runs", "-".join([folder.name, args.net, *unusual]))
     return args
 
 
@@ -663,13 +662,13 @@ def run_chapter():
         line, code = "stopped; the same command, without --restart, goes on from here", 130
     except OSError as error:
         sys.stdout = None  # it may be what failed, as with `| head`
-        line = f"{error.filename or 'the output'} could not be read or written: {error.strerror}"
-        line, code = f"{Path(sys.argv[0]).name}: {line}", 2
+        name = error.filename or "the output"
+        line, code = f"{name} could not be read or written: {error.strerror}", 2
     except SystemExit as stop:
         if not isinstance(stop.code, str):  # of argparse, or of a chapter that ran before this one
             raise
-        line, code = f"{Path(sys.argv[0]).name}: {stop.code}", 2
-    print(line, file=sys.stderr)
+        line, code = stop.code, 2
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     raise SystemExit(code)
 
 

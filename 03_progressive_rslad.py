@@ -6,10 +6,12 @@
             student = random choices of what varies, the largest of the rest
             x' = PGD from x, climbing KL(teacher(x) || student(x'))
             loss = (1 - alpha) KL(teacher(x) || student(x)) + alpha KL(teacher(x) || student(x'))
-            SGD step on the shared weights that the student uses            # equations 2 and 3
+            SGD step on the layers that the student uses                    # equations 2 and 3
 
 Students shrink in three phases; Dyn-MobileNetV3 has kernels in place of widths. RSLAD (Zi et al.,
 2021): the teacher's answer to the natural image is the target, with and without the attack.
+
+New here: main, sort_channels, exported_network; the rest is as in chapters 1 and 2.
 
     python 03_progressive_rslad.py --dataset cifar10     # the paper's schedule, on a GPU
     python 03_progressive_rslad.py --sampling random     # the paper's baseline: all genes vary
@@ -159,7 +161,9 @@ def main():
             share = (epoch_of_phase + (i + 1) / batches) / epochs_of_phase  # of the phase
             cosine = (1 + math.cos(math.pi * share)) / 2  # from 1 to 0 in each phase
             optimizer.param_groups[0]["lr"] = args.lr * min(share / args.warmup, cosine)
-            optimizer.zero_grad()  # to None: layers that this student lacks do not even decay
+            # To None: layers that this student lacks keep still. Of the others the whole tensor
+            # moves, by momentum and decay, and its slice by the gradient, too.
+            optimizer.zero_grad()
             loss.backward()  # through the slices into the shared weights (equation 3)
             optimizer.step()
             losses[i] = torch.stack([loss, natural, adversarial]).detach()
@@ -266,9 +270,10 @@ def calibrated(network, images, batch=250):
 
 @torch.no_grad()
 def judge(network, images, labels, eps, step_size, steps, batch=100):
-    """(natural, robust), bool (N,): which uint8 images are right, and which still are after PGD on
-    the cross-entropy. It starts at one place of the ball for all: no answer depends on the batch.
-    FGSM, which is PGD of one step, starts at the image."""
+    """(natural, robust), bool (N,): which uint8 images are right, and which still are after PGD. It
+    climbs the cross-entropy, as all papers report it: here a wrong class counts, in training any
+    other answer. It starts at one place of the ball for all: no answer depends on the batch. FGSM,
+    which is PGD of one step, starts at the image."""
     noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     start = (2 * noise.to(images.device) - 1) * (eps if steps > 1 else 0)
     natural = torch.cat([network(x / 255).argmax(1) for x in images.split(batch)]) == labels
@@ -379,16 +384,13 @@ def student_at(net, place):
     return canonical(net, [choices[place] for choices in net["genes"].values()])
 
 
-def sample(net, rng, varies="", base=()):
-    """A student: genes of kinds in varies ("": all, (): none) at random, the others of `base`."""
-    genes = zip(net["genes"].items(), base or student_at(net, -1))
-    return canonical(
-        net,
-        [
-            rng.choice(choices) if gene.startswith(varies) else kept
-            for (gene, choices), kept in genes
-        ],
-    )
+def sample(net, rng, varies=None, base=()):
+    """A student: genes of the kinds in `varies` (None: all) at random, the others of `base`."""
+    student = []
+    for (gene, choices), kept in zip(net["genes"].items(), base or student_at(net, -1)):
+        at_random = varies is None or gene.split("_")[0] in varies
+        student.append(rng.choice(choices) if at_random else kept)
+    return canonical(net, student)
 
 
 class Network(Slices):
@@ -615,12 +617,8 @@ def read_flags(**others):
         fail(f"--dataset {args.dataset}: write ./{args.dataset}, or rename the folder of this name")
     dataset = args.dataset if built_in else str(folder)  # two folders may have one last name
     args.common = {"dataset": dataset, "net": args.net, "preset": preset, "seed": args.seed}
-    name = f"{folder.name}-{args.net}"
-    if preset != usual:
-        name += f"-{preset}"
-    if args.seed:
-        name += f"-seed{args.seed}"
-    args.out = args.out or Path("runs", name)
+    unusual = [preset] * (preset != usual) + [f"seed{args.seed}"] * (args.seed > 0)
+    args.out = args.out or Path("runs", "-".join([folder.name, args.net, *unusual]))
     return args
 
 
@@ -668,13 +666,13 @@ def run_chapter():
         line, code = "stopped; the same command, without --restart, goes on from here", 130
     except OSError as error:
         sys.stdout = None  # it may be what failed, as with `| head`
-        line = f"{error.filename or 'the output'} could not be read or written: {error.strerror}"
-        line, code = f"{Path(sys.argv[0]).name}: {line}", 2
+        name = error.filename or "the output"
+        line, code = f"{name} could not be read or written: {error.strerror}", 2
     except SystemExit as stop:
         if not isinstance(stop.code, str):  # of argparse, or of a chapter that ran before this one
             raise
-        line, code = f"{Path(sys.argv[0]).name}: {stop.code}", 2
-    print(line, file=sys.stderr)
+        line, code = stop.code, 2
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     raise SystemExit(code)
 
 

@@ -11,6 +11,8 @@ A search asks for thousands of students, and PGD is far too slow to answer. So
 The error, RMSE, means something only beside two other numbers: how much students differ at all,
 and how far the number measured for one student moves when other images are taken.
 
+New here: main to pictures; attack, judging and network are as in chapters 1 and 2.
+
     python 04_predictor.py --dataset toy                         # runs what it needs before it
     python 04_predictor.py --dataset cifar10 --sampling random   # students of the baseline
 
@@ -70,14 +72,14 @@ def main():
     state, checkpoint = args.out / f"04_students{end}.pt", args.out / f"04_predictor{end}.pt"
     settings = {**net["settings"], **args.settings}
     following = f"05_nsga2.py --sampling={args.sampling}"
+    if args.test_students > args.students - 2:
+        fail("--test-students must be at most --students less 2")
     if args.restart:
         checkpoint.unlink(missing_ok=True)
         state.unlink(missing_ok=True)
     if checkpoint.exists():
         load(checkpoint, settings)
         return finish(args, [], [f"{checkpoint} earlier (--restart makes it anew)"], following)
-    if args.test_students > args.students - 2:
-        fail("--test-students must be at most --students less 2")
     data, shared = load_images(args, net, device), moved(trained["weights"], device)
 
     fitting = "epochs", "test_students"  # need no new measurements
@@ -291,9 +293,10 @@ def calibrated(network, images, batch=250):
 
 @torch.no_grad()
 def judge(network, images, labels, eps, step_size, steps, batch=100):
-    """(natural, robust), bool (N,): which uint8 images are right, and which still are after PGD on
-    the cross-entropy. It starts at one place of the ball for all: no answer depends on the batch.
-    FGSM, which is PGD of one step, starts at the image."""
+    """(natural, robust), bool (N,): which uint8 images are right, and which still are after PGD. It
+    climbs the cross-entropy, as all papers report it: here a wrong class counts, in training any
+    other answer. It starts at one place of the ball for all: no answer depends on the batch. FGSM,
+    which is PGD of one step, starts at the image."""
     noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     start = (2 * noise.to(images.device) - 1) * (eps if steps > 1 else 0)
     natural = torch.cat([network(x / 255).argmax(1) for x in images.split(batch)]) == labels
@@ -375,16 +378,13 @@ def student_at(net, place):
     return canonical(net, [choices[place] for choices in net["genes"].values()])
 
 
-def sample(net, rng, varies="", base=()):
-    """A student: genes of kinds in varies ("": all, (): none) at random, the others of `base`."""
-    genes = zip(net["genes"].items(), base or student_at(net, -1))
-    return canonical(
-        net,
-        [
-            rng.choice(choices) if gene.startswith(varies) else kept
-            for (gene, choices), kept in genes
-        ],
-    )
+def sample(net, rng, varies=None, base=()):
+    """A student: genes of the kinds in `varies` (None: all) at random, the others of `base`."""
+    student = []
+    for (gene, choices), kept in zip(net["genes"].items(), base or student_at(net, -1)):
+        at_random = varies is None or gene.split("_")[0] in varies
+        student.append(rng.choice(choices) if at_random else kept)
+    return canonical(net, student)
 
 
 class Network(Slices):
@@ -602,12 +602,8 @@ def read_flags(**others):
         fail(f"--dataset {args.dataset}: write ./{args.dataset}, or rename the folder of this name")
     dataset = args.dataset if built_in else str(folder)  # two folders may have one last name
     args.common = {"dataset": dataset, "net": args.net, "preset": preset, "seed": args.seed}
-    name = f"{folder.name}-{args.net}"
-    if preset != usual:
-        name += f"-{preset}"
-    if args.seed:
-        name += f"-seed{args.seed}"
-    args.out = args.out or Path("runs", name)
+    unusual = [preset] * (preset != usual) + [f"seed{args.seed}"] * (args.seed > 0)
+    args.out = args.out or Path("runs", "-".join([folder.name, args.net, *unusual]))
     return args
 
 
@@ -655,13 +651,13 @@ def run_chapter():
         line, code = "stopped; the same command, without --restart, goes on from here", 130
     except OSError as error:
         sys.stdout = None  # it may be what failed, as with `| head`
-        line = f"{error.filename or 'the output'} could not be read or written: {error.strerror}"
-        line, code = f"{Path(sys.argv[0]).name}: {line}", 2
+        name = error.filename or "the output"
+        line, code = f"{name} could not be read or written: {error.strerror}", 2
     except SystemExit as stop:
         if not isinstance(stop.code, str):  # of argparse, or of a chapter that ran before this one
             raise
-        line, code = f"{Path(sys.argv[0]).name}: {stop.code}", 2
-    print(line, file=sys.stderr)
+        line, code = stop.code, 2
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     raise SystemExit(code)
 
 

@@ -7,6 +7,8 @@
         generation = the best half of both              # by rank, then the less crowded first
     chosen = the best sum of both objectives on the first front
 
+New here: the search, what a student costs, and, last, the figures, which may be skipped.
+
     python 05_nsga2.py --dataset toy                                  # alone, the whole chain
     python 05_nsga2.py --dataset cifar10 --max-macs 500 1000 2000     # for three devices
 
@@ -91,24 +93,22 @@ def search(args, net, predictor, budgets, end):
             objectives = predict_accuracy(predictor, net, students).double().numpy()
             return objectives, (macs - budget).clip(0)
 
-        begun, rows = time.monotonic(), []
-        found = nsga2(net, evaluate, args.population, args.generations, args.mutation, args.seed)
-        for name, (students, objectives, violation) in zip(("first", "last"), found):
-            for student, (natural, robust) in zip(students, objectives.tolist()):
-                row = {"max_macs": budget, "generation": name, **dict(zip(net["genes"], student))}
-                row |= zip(("params", "macs"), cost(net, student))
-                rows.append(row | {"predicted_natural": natural, "predicted_robust": robust})
-        last = rows[-len(students) :]  # students, objectives and violation: of the last generation
+        begun = time.monotonic()
+        first, last = nsga2(
+            net, evaluate, args.population, args.generations, args.mutation, args.seed
+        )
+        students, objectives, violation = last
+        rows = described(net, budget, "last", students, objectives)
         front = np.flatnonzero(non_dominated_sort(dominance(objectives, violation)) == 0)
         front = front[objectives[front, 0].argsort()]
         pick = front[objectives[front].sum(1).argmax()]
         name = f"best{end}" + (f"_{budget:.12g}M" if len(budgets) > 1 else "")
         chosen[name] = students[pick]
-        tables["population"] += rows
-        tables["front"] += [last[i] for i in front]
+        tables["population"] += described(net, budget, "first", first[0], first[1]) + rows
+        tables["front"] += [rows[i] for i in front]
         more = {"eps": predictor["settings"]["eps"], "seconds": time.monotonic() - begun}
-        tables["best"].append({"student": name, **last[pick], **more})
-    for row in table(args, f"05_best{end}"):  # of an earlier search
+        tables["best"].append({"student": name, **rows[pick], **more})
+    for row in table(args, f"05_best{end}"):  # what an earlier search chose is not chosen any more
         old = Path(row["student"].replace("best", "student")).name
         (args.out / f"{old}.pt2").unlink(missing_ok=True)
     for name, rows in tables.items():
@@ -116,6 +116,16 @@ def search(args, net, predictor, budgets, end):
     shown = [{key: row[key] for key in row if key not in net["genes"]} for row in tables["best"]]
     finish(args, shown, [args.out / f"05_{name}{end}.csv" for name in tables])
     return chosen
+
+
+def described(net, budget, name, students, objectives):
+    """A row for each student of a generation."""
+    rows = []
+    for student, (natural, robust) in zip(students, objectives.tolist()):
+        row = {"max_macs": budget, "generation": name, **dict(zip(net["genes"], student))}
+        row["params"], row["macs"] = cost(net, student)
+        rows.append({**row, "predicted_natural": natural, "predicted_robust": robust})
+    return rows
 
 
 def nsga2(net, evaluate, population, generations, mutation, seed):
@@ -131,7 +141,7 @@ def nsga2(net, evaluate, population, generations, mutation, seed):
                 students[draw()] = None
         return list(students)[known:]
 
-    def child():  # parents are sorted, best first: of two random places the lower one wins
+    def child(parents):  # they are sorted, best first: of two random places the lower one wins
         mother, father = (parents[min(rng.choices(range(len(parents)), k=2))] for _ in range(2))
         return breed(net, mother, father, mutation, rng)
 
@@ -140,7 +150,7 @@ def nsga2(net, evaluate, population, generations, mutation, seed):
     first = generation = survivors(students, *evaluate(students), population)
     for _ in range(generations):
         parents = generation[0]
-        children = fill(parents, child)
+        children = fill(parents, lambda: child(parents))
         if children:  # objectives and violations of both
             both = [np.concatenate(pair) for pair in zip(generation[1:], evaluate(children))]
             generation = survivors(parents + children, *both, population)
@@ -202,42 +212,56 @@ def breed(net, mother, father, mutation, rng):
 
 # ---- What a student costs ------------------------------------------------------------------------
 def cost(net, student):
-    """(parameters, MACs of one 3x32x32 image) of a student; its classifier is a 1x1 layer here."""
+    """(parameters, MACs of one 3x32x32 image) of a student, layer by layer."""
     choice, side = dict(zip(net["genes"], student)), 32 // net["stem_stride"]
-    # a layer: inputs of a channel, channels, kernel, side of its map, 2 if batch norm or 1 if bias
+    params = macs = 0
+
+    def layer(inputs, out, kernel=1, side=1, norm=True, bias=False):
+        """`inputs`: channels that an output reads, 1 if depthwise; `side` of the output's map."""
+        nonlocal params, macs
+        params += inputs * out * kernel**2 + (2 * norm + bias) * out
+        macs += inputs * out * (kernel * side) ** 2
+
     if "kernel" in net:
         x = net["stem"]
-        layers = [(3, x, 3, side, 2), (1, x, 3, side, 2), (x, x, 1, side, 2)]
+        layer(3, x, kernel=3, side=side)
+        layer(1, x, kernel=3, side=side)
+        layer(x, x, side=side)
         for i, (out, stride, _, gated) in enumerate(net["stages"], 1):
             for j in range(1, choice[f"depth_{i}"] + 1):
                 middle = divisible(round(x * choice[f"expand_{i}_{j}"]))
-                layers.append((x, middle, 1, side, 2))
+                layer(x, middle, side=side)
                 side //= stride if j == 1 else 1
-                kernel = choice[f"kernel_{i}_{j}"]
-                layers += [(1, middle, kernel, side, 2), (middle, out, 1, side, 2)]
+                layer(1, middle, kernel=choice[f"kernel_{i}_{j}"], side=side)
                 if gated:
                     squeezed = divisible(middle // 4)
-                    layers += [(middle, squeezed, 1, 1, 1), (squeezed, middle, 1, 1, 1)]
+                    layer(middle, squeezed, norm=False, bias=True)
+                    layer(squeezed, middle, norm=False, bias=True)
+                layer(middle, out, side=side)
                 x = out
-        layers += [(x, net["head"][0], 1, side, 2), (*net["head"], 1, 1, 0)]
+        layer(x, net["head"][0], side=side)
+        layer(*net["head"], norm=False)
         x = net["head"][1]
     else:
         mid = divisible(divisible(net["stem"] * choice["width_mid"]) // 2)
         x = divisible(net["stem"] * choice["width_stem"])
-        layers = [(3, mid, 3, side, 2), (mid, x, 3, side, 2)]
-        layers += [(mid, mid, 3, side, 2)] if choice["depth_stem"] > 0 else []
+        layer(3, mid, kernel=3, side=side)
+        if choice["depth_stem"] > 0:
+            layer(mid, mid, kernel=3, side=side)
+        layer(mid, x, kernel=3, side=side)
         for i, (channels, blocks, stride) in enumerate(net["stages"], 1):
             out = divisible(channels * choice[f"width_{i}"])
             for j in range(1, blocks + choice[f"depth_{i}"] + 1):
                 middle = divisible(round(out * choice[f"expand_{i}_{j}"]))
-                layers.append((x, middle, 1, side, 2))
+                layer(x, middle, side=side)
                 side //= stride if j == 1 else 1
-                layers += [(middle, middle, 3, side, 2), (middle, out, 1, side, 2)]
-                layers += [(x, out, 1, side, 2)] if j == 1 else []
+                layer(middle, middle, kernel=3, side=side)
+                layer(middle, out, side=side)
+                if j == 1:  # the shortcut
+                    layer(x, out, side=side)
                 x = out
-    layers.append((x, net["classes"], 1, 1, 1))
-    params = sum(inp * out * kernel**2 + more * out for inp, out, kernel, _, more in layers)
-    return params, sum(inp * out * (kernel * side) ** 2 for inp, out, kernel, side, _ in layers)
+    layer(x, net["classes"], norm=False, bias=True)  # the classifier
+    return params, macs
 
 
 # ---- The predictor, word for word as in chapter 4 ------------------------------------------------
@@ -284,16 +308,13 @@ def student_at(net, place):
     return canonical(net, [choices[place] for choices in net["genes"].values()])
 
 
-def sample(net, rng, varies="", base=()):
-    """A student: genes of kinds in varies ("": all, (): none) at random, the others of `base`."""
-    genes = zip(net["genes"].items(), base or student_at(net, -1))
-    return canonical(
-        net,
-        [
-            rng.choice(choices) if gene.startswith(varies) else kept
-            for (gene, choices), kept in genes
-        ],
-    )
+def sample(net, rng, varies=None, base=()):
+    """A student: genes of the kinds in `varies` (None: all) at random, the others of `base`."""
+    student = []
+    for (gene, choices), kept in zip(net["genes"].items(), base or student_at(net, -1)):
+        at_random = varies is None or gene.split("_")[0] in varies
+        student.append(rng.choice(choices) if at_random else kept)
+    return canonical(net, student)
 
 
 # ---- Stale files, word for word as in chapter 2 --------------------------------------------------
@@ -429,12 +450,8 @@ def read_flags(**others):
         fail(f"--dataset {args.dataset}: write ./{args.dataset}, or rename the folder of this name")
     dataset = args.dataset if built_in else str(folder)  # two folders may have one last name
     args.common = {"dataset": dataset, "net": args.net, "preset": preset, "seed": args.seed}
-    name = f"{folder.name}-{args.net}"
-    if preset != usual:
-        name += f"-{preset}"
-    if args.seed:
-        name += f"-seed{args.seed}"
-    args.out = args.out or Path("runs", name)
+    unusual = [preset] * (preset != usual) + [f"seed{args.seed}"] * (args.seed > 0)
+    args.out = args.out or Path("runs", "-".join([folder.name, args.net, *unusual]))
     return args
 
 
@@ -468,13 +485,13 @@ def run_chapter():
         line, code = "stopped; the same command, without --restart, goes on from here", 130
     except OSError as error:
         sys.stdout = None  # it may be what failed, as with `| head`
-        line = f"{error.filename or 'the output'} could not be read or written: {error.strerror}"
-        line, code = f"{Path(sys.argv[0]).name}: {line}", 2
+        name = error.filename or "the output"
+        line, code = f"{name} could not be read or written: {error.strerror}", 2
     except SystemExit as stop:
         if not isinstance(stop.code, str):  # of argparse, or of a chapter that ran before this one
             raise
-        line, code = f"{Path(sys.argv[0]).name}: {stop.code}", 2
-    print(line, file=sys.stderr)
+        line, code = stop.code, 2
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -566,7 +583,7 @@ def costs(args):
     students, and a search for each; both need the same teacher first."""
 
     def seconds(name):
-        return points(table(args, name), "seconds", "seconds")[1]
+        return [float(row["seconds"]) for row in table(args, name)]
 
     alone = [sum(seconds(f"{path.stem}_log")) for path in args.out.glob("03_fixed_*.pt")]
     if not alone or not seconds("05_best"):

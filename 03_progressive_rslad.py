@@ -512,8 +512,12 @@ def save(path, settings, sources, **content):
     """Write what load() reads. It remembers its sources, which load() gave, by their checksums. A
     file that another run has written, with other settings, is not overwritten."""
     settings, made_from = {**settings, "file": path.name}, {}
-    if path.exists() and torch.load(path, weights_only=True, mmap=True)["settings"] != settings:
-        fail(f"{path} is another run's by now, with other settings: give each run its own --out")
+    if path.exists():
+        there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if there["settings"] != settings:
+            fail(
+                f"{path} is another run's by now, with other settings: give each one its own --out"
+            )
     for source in sources:
         made_from |= source["made_from"] | {source["settings"]["file"]: source["mark"]}
     buffer = io.BytesIO()

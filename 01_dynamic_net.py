@@ -587,6 +587,8 @@ def load(path, settings):
         made_with, made_from = dict(loaded["settings"]), dict(loaded["made_from"])
     except Exception as error:  # of many kinds
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
+    if made_with["file"] != path.name:
+        fail(f"{path} is a copy of a {made_with['file']}, which is not read by this name")
     for name, value in {**settings, "file": path.name}.items():
         if made_with.get(name) != value:
             old = made_with.get(name)  # a folder of images that has moved goes on by its old name

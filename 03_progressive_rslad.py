@@ -281,7 +281,8 @@ def judge(network, images, labels, eps, step_size, steps, batch=100):
     for pick in natural.nonzero()[:, 0].split(batch):
         if len(pick) == 0:  # none is right; nothing splits into one empty piece
             break
-        pick = pick.repeat(batch // len(pick) + 1)[:batch]  # filled up: cuDNN meets one shape
+        if images.is_cuda:  # filled up: cuDNN meets one shape, and builds its kernels once
+            pick = pick.repeat(batch // len(pick) + 1)[:batch]
         x, y = images[pick] / 255, labels[pick]
         x_adv = pgd(network, x, lambda z: F.cross_entropy(z, y), start, eps, step_size, steps)
         robust[pick] = network(x_adv).argmax(1) == y

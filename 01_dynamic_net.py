@@ -62,8 +62,9 @@ class Slices:
                     centre = weight[:, :, 1:-1, 1:-1].reshape(out, side * side)
                     weight = (centre @ self.shared[f"{name}_to{side}"]).view(out, 1, side, side)
                 self.slices[name] = weight.contiguous(memory_format=torch.channels_last)
-        bias, groups = self.vector(f"{name}_bias", out) if bias else None, out if depthwise else 1
-        return F.conv2d(x, self.slices[name], bias, stride, kernel // 2, groups=groups)
+        shift = self.vector(f"{name}_bias", out) if bias else None
+        groups = out if depthwise else 1
+        return F.conv2d(x, self.slices[name], shift, stride, kernel // 2, groups=groups)
 
     def vector(self, name, size):
         if name not in self.slices:
@@ -106,8 +107,7 @@ def main():
     images = read_images(args)
     for old in (checkpoint, args.out / "01_images.pt"):
         old.unlink(missing_ok=True)
-    save(args.out / "01_images.pt", args.common, [], **images)
-    images = load(args.out / "01_images.pt", args.common)  # with its checksum, the mark
+    mark = save(args.out / "01_images.pt", args.common, [], **images)
     counts = ", ".join(f"{len(images[part])} {part}" for part in ("train", "held_out", "test"))
     summary = f"{args.dataset}: {counts} images; logits in this order: {', '.join(images['names'])}"
     print(summary)
@@ -132,16 +132,10 @@ def main():
         params = sum(part.numel() for part in network.slices.values())
         genes = dict(zip(net["genes"], student))
         rows.append({"student": name, **genes, "params": params, "macs": macs})
-        table.append(
-            {
-                "student": name,
-                "M parameters": params / 1e6,
-                "M MACs": macs / 1e6,
-                "alone it differs": (alone(x) - logits).abs().max().item(),
-            }
-        )
+        row = {"student": name, "M parameters": params / 1e6, "M MACs": macs / 1e6}
+        table.append({**row, "alone it differs": (alone(x) - logits).abs().max().item()})
     write_csv(args.out / "01_students.csv", rows)
-    settings = args.common | {"data": images["mark"]}  # later chapters notice other images
+    settings = args.common | {"data": mark}  # by which later chapters notice other images
     save(checkpoint, settings, [], weights=shared, students=students, summary=summary, **net)
     files = "01_images.pt", "01_students.csv", "01_dynamic_net.pt"
     finish(args, table, [args.out / name for name in files], CHAPTERS[1])
@@ -155,7 +149,8 @@ NETWORKS = {  # sections 4.3 and 5.0.1; "tiny" is of the same construction, for 
         # channels, least number of blocks, stride
         "stages": ((256, 2, 1), (512, 2, 2), (1024, 4, 2), (2048, 2, 2)),
         "depth": (0, 1, 2), "width": (0.65, 0.8, 1.0), "expand": (0.2, 0.25, 0.35),
-        "usual": {"depth": 1, "depth_2": 2, "depth_3": 2, "width": 1.0, "expand": 0.25}},
+        "usual": {"depth": 1, "depth_stem": 0, "depth_2": 2, "depth_3": 2, "width": 1.0,
+                  "expand": 0.25}},
     ("resnet50", "tiny"): {
         "stem": 16, "stem_stride": 2, "stages": ((64, 1, 2), (128, 1, 2)),
         "depth": (0, 1), "width": (0.5, 0.75, 1.0), "expand": (0.25, 0.375, 0.5),
@@ -186,7 +181,8 @@ expand: channels inside a block, as a multiple of those outside
 
 def make_net(name, preset, classes):
     """What a network is beside its weights: sizes, {gene: choices, smallest first}, and switches,
-    {gene: (a depth gene, the least depth at which it is on)}."""
+    {gene: (a depth gene, the least depth at which it is on)}. Later chapters call `net` all that
+    is in 01_dynamic_net.pt: this, the weights, and the students shown here."""
     net = {**NETWORKS[name, "tiny" if preset == "tiny" else "paper"], "classes": classes}
     genes, switches = mobilenet_genes(net) if name == "mbv3" else resnet_genes(net)
     return {**net, "genes": genes, "switches": switches}
@@ -202,7 +198,7 @@ def resnet_genes(net):
     for i, (_, blocks, _) in enumerate(net["stages"], 1):
         for j in range(1, blocks + net["depth"][-1] + 1):
             genes[f"expand_{i}_{j}"] = net["expand"]
-            switches[f"expand_{i}_{j}"] = (f"depth_{i}", j - blocks)
+            switches[f"expand_{i}_{j}"] = (f"depth_{i}", j - blocks)  # at most 0: always on
     return genes, switches
 
 
@@ -226,7 +222,8 @@ def canonical(net, student):
 
 
 def student_at(net, place):
-    """The student that takes this choice of every gene: -1 the largest, 0 the smallest."""
+    """The student that takes this choice of every gene: 0 the smallest, 1 the second, -1 the
+    largest."""
     return canonical(net, [choices[place] for choices in net["genes"].values()])
 
 
@@ -240,29 +237,22 @@ def sample(net, rng, varies=None, base=()):
 
 
 def usual(net):
-    """Nearly ResNet-50 (23.54 M parameters), or the MobileNet nearest to the paper's (4.17 M)."""
-    student = []
-    for gene, choices in net["genes"].items():
-        wanted = net["usual"].get(gene, net["usual"][gene.split("_")[0]])
-        student.append(max(choice for choice in choices if choice <= wanted))  # the next below
-    return canonical(net, student)
+    """Nearly ResNet-50 (23.54 M parameters); of the MobileNets with one depth, one kernel and one
+    expansion the one nearest to the paper's (4.17 M; paper 4.21)."""
+    chosen = net["usual"]  # of a gene, or of all of a kind
+    return canonical(net, [chosen.get(gene, chosen[gene.split("_")[0]]) for gene in net["genes"]])
 
 
 def count_students(net):
     """How many genotypes the network holds, exactly (section 4.3; paper: 2e19, MobileNet). Genes
     of a block that is off do not count, so the forms of a stage add up over its depths."""
     total = 1
-    for gene, choices in net["genes"].items():
-        if gene not in net["switches"]:
-            forms = 0
-            for choice in choices:
-                owned = [
-                    g
-                    for g, (depth, least) in net["switches"].items()
-                    if depth == gene and least <= choice
-                ]
-                forms += math.prod(len(net["genes"][g]) for g in owned)
-            total *= forms
+    for gene in net["genes"].keys() - net["switches"].keys():
+        forms = 0
+        for choice in net["genes"][gene]:
+            on = [g for g, at in net["switches"].items() if at[0] == gene and at[1] <= choice]
+            forms += math.prod(len(net["genes"][g]) for g in on)
+        total *= forms
     return total
 
 
@@ -276,13 +266,14 @@ def divisible(channels):
 class Network(Slices):
     """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its weights are
     slices as they were in the first call: after an SGD step, make a new one. Batch norm has the
-    batch's statistics, as in training; frozen() has those of the last call."""
+    batch's statistics, as in training, and keeps them in `stats`."""
 
     def __init__(self, net, shared, student):
         super().__init__(shared)
         self.net, self.choice = net, dict(zip(net["genes"], student))
         self.stats = {}  # {layer: (mean, variance) of its output's channels}
-        self.averaging, self.fixed = 1.0, False  # the next batch's weight in stats; are they fixed
+        self.averaging = 1.0  # the next batch's weight in them: 1 keeps that of the last one alone
+        self.folded = False  # whether batch norm has become part of the convolutions
 
     def __call__(self, x):
         x = x.contiguous(memory_format=torch.channels_last)  # a fifth faster than channels first
@@ -333,11 +324,11 @@ class Network(Slices):
         return F.hardswish(self.conv("head_2", x.mean((2, 3), keepdim=True), net["head"][1]))
 
     @torch.no_grad()
-    def frozen(self):
-        """The student with the statistics that it has now, for the attack and to be judged. Batch
-        norm is a scale and a shift then, which go into the convolution's weights and bias."""
+    def fold_norms(self):
+        """A student whose batch norms have the statistics that are now in `stats`, for the attack
+        and to be judged: a scale and a shift, which become part of each convolution."""
         student = copy.copy(self)
-        student.slices, student.fixed = {**self.slices}, True
+        student.slices, student.folded = {**self.slices}, True
         for name, (mean, variance) in self.stats.items():
             scale, shift = (student.slices.pop(f"{name}_{part}") for part in ("scale", "shift"))
             factor = scale / (variance + 1e-5).sqrt()
@@ -346,24 +337,26 @@ class Network(Slices):
         return student
 
     def conv_bn(self, name, x, out, *sizes, **options):
-        x = self.conv(name, x, out, *sizes, **options, bias=self.fixed)
-        if self.fixed:
+        x = self.conv(name, x, out, *sizes, **options, bias=self.folded)
+        if self.folded:
             return x
         scale, shift = (self.vector(f"{name}_{part}", out) for part in ("scale", "shift"))
         if name not in self.stats:
-            self.stats[name] = scale.new_zeros(2, out)  # updated in place
-        return F.batch_norm(x, *self.stats[name], scale, shift, True, self.averaging)
+            self.stats[name] = scale.new_zeros(2, out)
+        mean, variance = self.stats[name]  # which batch_norm updates in place
+        return F.batch_norm(x, mean, variance, scale, shift, True, momentum=self.averaging)
 
 
 class RandomWeights(Network):
-    """Draws each shared weight when one of the largest student's layers first asks for it: He et
-    al. (2015) for convolutions, identities for batch norm and kernel transforms."""
+    """Draws each shared weight when one of the largest student's layers first asks for it, so that
+    shapes stand in the forward pass alone: He et al. (2015) for convolutions, identities for batch
+    norm and kernel transforms."""
 
     def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
         shape = (out, 1 if depthwise else x.shape[1], kernel, kernel)
         fan_out = kernel**2 * (1 if depthwise else out)
         self.shared[name] = torch.randn(shape) * (2 / fan_out) ** 0.5
-        if depthwise:  # the only kernels that vary; see Network.conv
+        if depthwise:  # the only kernels that vary; see Slices.conv
             for side in range(3, kernel, 2):
                 self.shared[f"{name}_to{side}"] = torch.eye(side * side)
         return super().conv(name, x, out, kernel, stride, depthwise, bias)
@@ -399,14 +392,14 @@ def read_images(args):
         fail(f"{args.dataset} has {len(pixels)} training images: at least 20 are needed")
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
     held_out, kept = order.split([len(order) // 10, len(order) - len(order) // 10])
-    tiny = args.common["preset"] == "tiny"
     torch.manual_seed(0)
+    calibration = augment(pixels[kept][:4000])  # drawn for 4,000, as in the README's results
     return {
         "train": pixels[kept],
         "held_out": pixels[held_out],
         "test": test[0],
         "names": names,
-        "calibration": augment(pixels[kept][:4000])[: 500 if tiny else 2000],
+        "calibration": calibration[: 500 if args.common["preset"] == "tiny" else 2000],
         "train_labels": labels[kept],
         "held_out_labels": labels[held_out],
         "test_labels": test[1],
@@ -426,11 +419,8 @@ def toy_images(count, seed):
     colour = rng.uniform(-0.4, 0.4, (count, 3, 1, 1))
     images = rng.normal(0.5, 0.04, (count, 3, 32, 32)) + colour * stripes
     pixels = (255 * images.clip(0, 1)).astype(np.uint8)  # (N, 3, 32, 32)
-    names = [
-        f"{width} {way}"
-        for width in ("wide", "medium", "narrow")
-        for way in ("upright", "level", "slanted")
-    ]
+    widths, ways = "wide medium narrow".split(), "upright level slanted".split()
+    names = [f"{width} {way}" for width in widths for way in ways]
     return torch.from_numpy(pixels), torch.from_numpy(labels), names
 
 
@@ -560,20 +550,19 @@ def write_csv(path, rows):
 
 
 def save(path, settings, sources, **content):
-    """Write what load() reads. It remembers its sources, which load() gave, by their checksums. A
-    file that another run has written, with other settings, is not overwritten."""
+    """Write what load() reads; its checksum. It remembers those of its sources, which load() gave.
+    A file that another run has written, with other settings, is not overwritten."""
     settings, made_from = {**settings, "file": path.name}, {}
     if path.exists():
         there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if there["settings"] != settings:
-            fail(
-                f"{path} is another run's by now, with other settings: give each one its own --out"
-            )
+            fail(f"{path} is another run's by now, of other settings: give each one its own --out")
     for source in sources:
         made_from |= source["made_from"] | {source["settings"]["file"]: source["mark"]}
     buffer = io.BytesIO()
     torch.save({"settings": settings, "made_from": made_from, **content}, buffer)
     write(path, buffer.getvalue())
+    return checksum(buffer.getvalue())
 
 
 def load(path, settings):
@@ -590,17 +579,15 @@ def load(path, settings):
     if made_with["file"] != path.name:
         fail(f"{path} is a copy of a {made_with['file']}, which is not read by this name")
     for name, value in {**settings, "file": path.name}.items():
-        if made_with.get(name) != value:
-            old = made_with.get(name)  # a folder of images that has moved goes on by its old name
+        old = made_with.get(name)
+        if old != value:  # a folder of images that has moved goes on by its old name
             way = shlex.join([f"--{name}={old}"]) if name in COMMON else "--restart"
             fail(f"{path}: {name} was {old}, not {value}: {way} or other --out")
     for name, mark in made_from.items():
         source = path.with_name(name)
         if source.exists() and checksum(source.read_bytes()) != mark:
-            chapter = CHAPTERS[int(path.name[:2]) - 1]
-            fail(
-                f"{path} is stale: {name} is another one by now: {chapter} --restart makes it anew"
-            )
+            mend = f"{CHAPTERS[int(path.name[:2]) - 1]} --restart makes it anew"
+            fail(f"{path} is stale: {name} is another one by now: {mend}")
     return {**loaded, "mark": checksum(content)}
 
 
@@ -642,7 +629,7 @@ def read_flags(**others):
     )
     parser.error = fail
     for flag, options in {**COMMON, **others}.items():
-        parser.add_argument("--" + flag.replace("_", "-"), **options)
+        parser.add_argument(f"--{flag.replace('_', '-')}", **options)
     args = parser.parse_args()
     args.given = [
         f"--{flag}={value}"
@@ -650,13 +637,15 @@ def read_flags(**others):
         if flag in COMMON and value != parser.get_default(flag)
     ]
     usual = "tiny" if args.dataset == "toy" else "paper"
-    preset = args.preset or usual
+    preset, args.settings = args.preset or usual, {}
     for flag, (*values, least, most, text) in FLAGS.items():
-        if getattr(args, flag) is None:
-            setattr(args, flag, values[PRESETS.index(preset)])
-        if not least <= getattr(args, flag) <= most:
-            fail(f"{flag} is {getattr(args, flag)}, not {least} to {most}: {text}")
-    args.settings = {flag: getattr(args, flag) for flag in FLAGS}
+        value = getattr(args, flag)
+        if value is None:
+            value = values[PRESETS.index(preset)]
+        if not least <= value <= most:
+            fail(f"{flag} is {value}, not {least} to {most}: {text}")
+        args.settings[flag] = value
+    vars(args).update(args.settings)
     if not 0 <= args.seed < 2**31:
         fail(f"--seed is {args.seed}, not 0 to {2**31 - 1}")
     folder, built_in = Path(args.dataset).resolve(), args.dataset in ("cifar10", "cifar100", "toy")
@@ -664,8 +653,9 @@ def read_flags(**others):
         fail(f"--dataset {args.dataset}: write ./{args.dataset}, or rename the folder of this name")
     dataset = args.dataset if built_in else str(folder)  # two folders may have one last name
     args.common = {"dataset": dataset, "net": args.net, "preset": preset, "seed": args.seed}
-    unusual = [preset] * (preset != usual) + [f"seed{args.seed}"] * (args.seed > 0)
-    args.out = args.out or Path("runs", "-".join([folder.name, args.net, *unusual]))
+    words = [folder.name, args.net] + [preset] * (preset != usual)
+    words += [f"seed{args.seed}"] * (args.seed > 0)
+    args.out = args.out or Path("runs", "-".join(words))
     return args
 
 

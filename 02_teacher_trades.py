@@ -100,17 +100,17 @@ def main():
             network = Network(net, shared, student)  # f: slices of the weights as they are now
             with precision:
                 logits = network(x)
-                natural = logits.log_softmax(1)  # log f(x), (B, classes)
+                log_f = logits.log_softmax(1)  # log f(x), (B, classes)
 
                 # The inner problem of equation 1. At x the KL's gradient is zero: start beside it.
                 # Each step has the statistics of its own batch, as the loss of x' has them: with
-                # those of x, as in chapter 3, a network that starts at random learns worse.
-                target, noise = natural.detach(), 0.001 * torch.randn_like(x)
-                x_adv = pgd(network, x, lambda logits: kl(logits, target), noise, *attack)
+                # those of x in all steps, a network that starts at random learns worse.
+                target, noise = log_f.detach(), 0.001 * torch.randn_like(x)
+                x_adv = pgd(network, x, lambda z: kl(target, z), noise, *attack)
 
-                # The outer one; kl(a, b) is KL(b || a), and gradients flow through both sides.
-                robust, cross_entropy = kl(network(x_adv), natural), F.cross_entropy(logits, y)
-                loss = cross_entropy + args.beta * robust
+                # The outer one: gradients flow through both sides of the KL.
+                cross_entropy, robust_kl = F.cross_entropy(logits, y), kl(log_f, network(x_adv))
+                loss = cross_entropy + args.beta * robust_kl
 
             share = (epoch + (i + 1) / batches) / args.epochs  # of the run
             cosine = (1 + math.cos(math.pi * share)) / 2  # from 1 to 0
@@ -118,7 +118,7 @@ def main():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses[i] = torch.stack([loss, cross_entropy, robust]).detach()
+            losses[i] = torch.stack([loss, cross_entropy, robust_kl]).detach()
 
         row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
         row |= averages(losses, "loss", "cross_entropy", "kl")
@@ -128,9 +128,8 @@ def main():
         write_csv(log, rows)
         if not best or row["robust"] > best["robust"]:
             best = {**row, "weights": moved(shared, "cpu")}
-        save(
-            state, settings, [net], weights=shared, sgd=optimizer.state_dict(), rows=rows, best=best
-        )
+        going_on = {"weights": shared, "sgd": optimizer.state_dict(), "rows": rows, "best": best}
+        save(state, settings, [net], **going_on)
     save(checkpoint, settings, [net], weights=best["weights"])
     network = Network(net, moved(best["weights"], device), student)
     network = calibrated(network, data["calibration"])
@@ -141,20 +140,20 @@ def main():
     finish(args, [table], [checkpoint, checkpoint.with_suffix(".pt2"), log], following)
 
 
-def pgd(network, x, loss, start, eps, step_size, steps):
+def pgd(network, x, loss, noise, eps, step_size, steps):
     """Projected gradient ascent (Madry et al., 2018), the inner maximisation of equation 1: signed
-    steps up loss(network(x')) from x + start, within |x' - x| <= eps and 0 <= x' <= 1."""
-    x_adv = (x + start).clamp(0, 1)
+    steps up loss(network(x')) from x + noise, within |x' - x| <= eps and 0 <= x' <= 1."""
+    x_adv = (x + noise).clamp(0, 1)
     for _ in range(steps):
         x_adv.requires_grad_()
-        with torch.enable_grad():  # judge() switches it off; of x alone, so not of the weights
-            (gradient,) = torch.autograd.grad(loss(network(x_adv)), x_adv)
+        with torch.enable_grad():  # which judge() switches off
+            (gradient,) = torch.autograd.grad(loss(network(x_adv)), x_adv)  # none of the weights'
         x_adv = x_adv.detach() + step_size * gradient.sign()
         x_adv = (x + (x_adv - x).clamp(-eps, eps)).clamp(0, 1)
     return x_adv
 
 
-def kl(logits, target):
+def kl(target, logits):
     """KL(target || softmax(logits)), mean over images; target holds log-probabilities (B, C)."""
     return F.kl_div(F.log_softmax(logits, 1), target, reduction="batchmean", log_target=True)
 
@@ -176,26 +175,25 @@ def calibrated(network, images, batch=250):
     for i, x in enumerate(images.split(batch)):
         network.averaging = len(x) / (i * batch + len(x))  # a plain average
         network(x / 255)
-    return network.frozen()
+    return network.fold_norms()
 
 
 @torch.no_grad()
 def judge(network, images, labels, eps, step_size, steps, batch=100):
     """(natural, robust), bool (N,): which uint8 images are right, and which still are after PGD. It
-    climbs the cross-entropy, as all papers report it: here a wrong class counts, in training any
-    other answer. It starts at one place of the ball for all: no answer depends on the batch. FGSM,
-    which is PGD of one step, starts at the image."""
-    noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    start = (2 * noise.to(images.device) - 1) * (eps if steps > 1 else 0)
+    climbs the cross-entropy, as all papers report it: judging asks for a wrong class, training for
+    any change of the answer. It starts at one place of the ball for all images: no answer depends
+    on the batch. FGSM, which is PGD of one step, starts at the image."""
+    noise = 2 * torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
+    noise = noise.to(images.device) * (eps if steps > 1 else 0)
     natural = torch.cat([network(x / 255).argmax(1) for x in images.split(batch)]) == labels
-    robust = torch.zeros_like(natural)
-    for pick in natural.nonzero()[:, 0].split(batch):
-        if len(pick) == 0:  # none is right; nothing splits into one empty piece
-            break
+    right, robust = natural.nonzero()[:, 0], torch.zeros_like(natural)
+    for i in range(0, len(right), batch):
+        pick = right[i : i + batch]
         if images.is_cuda:  # filled up: cuDNN meets one shape, and builds its kernels once
             pick = pick.repeat(batch // len(pick) + 1)[:batch]
         x, y = images[pick] / 255, labels[pick]
-        x_adv = pgd(network, x, lambda z: F.cross_entropy(z, y), start, eps, step_size, steps)
+        x_adv = pgd(network, x, lambda z: F.cross_entropy(z, y), noise, eps, step_size, steps)
         robust[pick] = network(x_adv).argmax(1) == y
     return natural, robust
 
@@ -219,23 +217,24 @@ def sharpening(network, images, labels):
 
 # ---- Table 1: everything in the folder, on the test images ---------------------------------------
 def table1(args, net, data, device):
-    """Judge on the test images (section 5.4) what was trained alone (02_*.pt and 03_fixed_*.pt) or
-    chosen by a search, and export the latter. FGSM is one step of eps, PGD 20 of 2/255."""
-    rows, wrote = [], [args.out / "table1.csv"]
-    searches = [usable(path, net["settings"]) for path in sorted(args.out.glob("05_search*.pt"))]
-    names = net["students"]
-    for search in filter(None, searches):
-        names = names | search["students"]
+    """Judge on the test images (section 5.4) what was trained alone (02_*.pt and 03_fixed_*.pt),
+    the largest student of a dynamic network (03_*.pt), and what a search chose, which is exported.
+    FGSM is one step of eps, PGD 20 of 2/255."""
+    rows, wrote, names = [], [args.out / "table1.csv"], {**net["students"]}
+    found = [usable(path, net["settings"]) for path in sorted(args.out.glob("05_search*.pt"))]
+    searches = [search for search in found if search]
+    for search in searches:
+        names |= search["students"]
     for path in sorted(args.out.glob("0[23]_*.pt")):
         trained = usable(path, net["settings"])
         if not trained:
             continue
-        alone, student = trained["settings"]["student"], trained["settings"]["genotype"]
-        if student != names.get(alone, student):  # trained alone, before another search
-            print(f"passed over: {path} is of another {alone}: train it with --restart")
+        own_name, own = trained["settings"]["student"], trained["settings"]["genotype"]
+        if own != names.get(own_name, own):  # trained alone, before another search
+            print(f"passed over: {path} is of another {own_name}: train it with --restart")
             continue
-        students = [(alone, student, trained["mark"])]
-        for search in filter(None, searches):
+        students = [(own_name, own, trained["mark"])]
+        for search in searches:
             if search["searched"] == path.name:
                 mark = f"{trained['mark']} {search['mark']}"
                 students += [(*item, mark) for item in search["students"].items()]
@@ -248,16 +247,12 @@ def table1(args, net, data, device):
             test = judged, data["test"], data["test_labels"], args.eps / 255
             natural, fgsm = judge(*test, args.eps / 255, 1)
             right = {"natural": natural, "fgsm": fgsm, "pgd20": judge(*test, 2 / 255, 20)[1]}
-            row = {
-                "file": path.stem,
-                "student": name,
-                "eps": args.eps,
-                "params": sum(part.numel() for part in network.slices.values()),
-                "macs": counter.get_total_flops() // 2,
-            }
+            row = {"file": path.stem, "student": name, "eps": args.eps}
+            row["params"] = sum(part.numel() for part in network.slices.values())
+            row["macs"] = counter.get_total_flops() // 2
             row |= {key: part.sum().item() / len(part) for key, part in right.items()}
             rows.append({**row, "made_from": mark})
-            if name != alone:  # a search's: best, best_500M, best_random
+            if name != own_name:  # a search's: best, best_500M, best_random
                 wrote.append(args.out / f"{name.replace('best', 'student')}.pt2")
                 export(judged, wrote[-1], data["names"])
     if not rows:
@@ -290,18 +285,71 @@ class Exported(nn.Module):
 
     def __init__(self, network):
         super().__init__()
-        self.student = network.net, {}, tuple(network.choice.values())
         tensors = moved(network.slices, "cpu").items()
         self.tensors = nn.ParameterDict({name: part.contiguous() for name, part in tensors})
         self.requires_grad_(False)
+        self.network = copy.copy(network)
+        self.network.slices = self.tensors
 
     def forward(self, x):
-        network = Network(*self.student)
-        network.slices, network.fixed = self.tensors, True
-        return network(x)
+        return self.network(x)
 
 
-# ---- Going on: progress, states, what chapter 1 has made -----------------------------------------
+# ---- Going on: the device, what earlier chapters have made, progress, states ---------------------
+def pick_device(args):
+    """(the device, autocast to bf16 where a GPU has it, words for both); exits if it is none."""
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # of many kinds
+        fail(f"--device {name}: {str(error).splitlines()[0]}")
+    bf16 = torch.cuda.is_initialized() and torch.cuda.is_bf16_supported(including_emulation=False)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is what is said; bf16 is not touched
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    return device, precision, f"{device} in {'bf16' if bf16 else 'float32'}"
+
+
+def moved(content, device, learn=False):
+    """A copy with all tensors on the device, where they get gradients if they are to learn."""
+    return {
+        name: part.detach().to(device, copy=True).requires_grad_(learn)
+        if torch.is_tensor(part)
+        else part
+        for name, part in content.items()
+    }
+
+
+def run_missing(args, *files):
+    """Run each earlier chapter whose file is missing; if stopped, it stops the one that runs."""
+    for name, script in zip(files, CHAPTERS):
+        if not (args.out / name).exists():
+            print(f"{args.out / name} is missing: running {script}\n")
+            command = [sys.executable, Path(__file__).resolve().with_name(script), *args.given]
+            command += [f"--sampling={args.sampling}"] if script > "03" else []
+            if subprocess.run(command).returncode:
+                raise SystemExit(2)  # it has said why
+
+
+def load_images(args, net, device):
+    """{train, held_out, test}: uint8 (N, 3, 32, 32), {...}_labels: (N,), the classes' names, and
+    calibration, training images for batch norms' statistics."""
+    images = load(args.out / "01_images.pt", args.common)
+    if images["mark"] != net["settings"]["data"]:
+        fail("01_images.pt and 01_dynamic_net.pt are of different images: --restart chapter 1")
+    return moved(images, device)
+
+
+def named_student(args, net):
+    """The student of this name in 01_students.csv or in a search's 05_best.csv."""
+    students = {**net["students"]}
+    if args.student not in students:
+        for path in args.out.glob("05_search*.pt"):
+            search = usable(path, net["settings"])
+            students |= search["students"] if search else {}
+    return students.get(args.student) or fail(f"choose --student from {', '.join(students)}")
+
+
 def counted(name, begin, end, rounds=1):
     """range(begin, end), that says every ten seconds how far it is, and the time left for it and
     for as many rounds as it, in minutes."""
@@ -327,23 +375,6 @@ def resume(path, settings, shared, optimizer):
     return state["rows"], state["best"]
 
 
-def named_student(args, net):
-    """The student of this name in 01_students.csv or in a search's 05_best.csv."""
-    students = net["students"]
-    for path in [] if args.student in students else args.out.glob("05_search*.pt"):
-        students |= load(path, net["settings"])["students"]
-    return students.get(args.student) or fail(f"choose --student from {', '.join(students)}")
-
-
-def load_images(args, net, device):
-    """{train, held_out, test}: uint8 (N, 3, 32, 32), {...}_labels: (N,), the classes' names, and
-    calibration, training images for batch norms' statistics."""
-    images = load(args.out / "01_images.pt", args.common)
-    if images["mark"] != net["settings"]["data"]:
-        fail("01_images.pt and 01_dynamic_net.pt are of different images: --restart chapter 1")
-    return moved(images, device)
-
-
 # ---- The network, word for word as in chapter 1 --------------------------------------------------
 class Slices:
     """Layers whose weights are leading slices of shared ones: as many outputs as are asked for, as
@@ -362,8 +393,9 @@ class Slices:
                     centre = weight[:, :, 1:-1, 1:-1].reshape(out, side * side)
                     weight = (centre @ self.shared[f"{name}_to{side}"]).view(out, 1, side, side)
                 self.slices[name] = weight.contiguous(memory_format=torch.channels_last)
-        bias, groups = self.vector(f"{name}_bias", out) if bias else None, out if depthwise else 1
-        return F.conv2d(x, self.slices[name], bias, stride, kernel // 2, groups=groups)
+        shift = self.vector(f"{name}_bias", out) if bias else None
+        groups = out if depthwise else 1
+        return F.conv2d(x, self.slices[name], shift, stride, kernel // 2, groups=groups)
 
     def vector(self, name, size):
         if name not in self.slices:
@@ -386,20 +418,22 @@ def canonical(net, student):
 
 
 def student_at(net, place):
-    """The student that takes this choice of every gene: -1 the largest, 0 the smallest."""
+    """The student that takes this choice of every gene: 0 the smallest, 1 the second, -1 the
+    largest."""
     return canonical(net, [choices[place] for choices in net["genes"].values()])
 
 
 class Network(Slices):
     """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its weights are
     slices as they were in the first call: after an SGD step, make a new one. Batch norm has the
-    batch's statistics, as in training; frozen() has those of the last call."""
+    batch's statistics, as in training, and keeps them in `stats`."""
 
     def __init__(self, net, shared, student):
         super().__init__(shared)
         self.net, self.choice = net, dict(zip(net["genes"], student))
         self.stats = {}  # {layer: (mean, variance) of its output's channels}
-        self.averaging, self.fixed = 1.0, False  # the next batch's weight in stats; are they fixed
+        self.averaging = 1.0  # the next batch's weight in them: 1 keeps that of the last one alone
+        self.folded = False  # whether batch norm has become part of the convolutions
 
     def __call__(self, x):
         x = x.contiguous(memory_format=torch.channels_last)  # a fifth faster than channels first
@@ -450,11 +484,11 @@ class Network(Slices):
         return F.hardswish(self.conv("head_2", x.mean((2, 3), keepdim=True), net["head"][1]))
 
     @torch.no_grad()
-    def frozen(self):
-        """The student with the statistics that it has now, for the attack and to be judged. Batch
-        norm is a scale and a shift then, which go into the convolution's weights and bias."""
+    def fold_norms(self):
+        """A student whose batch norms have the statistics that are now in `stats`, for the attack
+        and to be judged: a scale and a shift, which become part of each convolution."""
         student = copy.copy(self)
-        student.slices, student.fixed = {**self.slices}, True
+        student.slices, student.folded = {**self.slices}, True
         for name, (mean, variance) in self.stats.items():
             scale, shift = (student.slices.pop(f"{name}_{part}") for part in ("scale", "shift"))
             factor = scale / (variance + 1e-5).sqrt()
@@ -463,13 +497,14 @@ class Network(Slices):
         return student
 
     def conv_bn(self, name, x, out, *sizes, **options):
-        x = self.conv(name, x, out, *sizes, **options, bias=self.fixed)
-        if self.fixed:
+        x = self.conv(name, x, out, *sizes, **options, bias=self.folded)
+        if self.folded:
             return x
         scale, shift = (self.vector(f"{name}_{part}", out) for part in ("scale", "shift"))
         if name not in self.stats:
-            self.stats[name] = scale.new_zeros(2, out)  # updated in place
-        return F.batch_norm(x, *self.stats[name], scale, shift, True, self.averaging)
+            self.stats[name] = scale.new_zeros(2, out)
+        mean, variance = self.stats[name]  # which batch_norm updates in place
+        return F.batch_norm(x, mean, variance, scale, shift, True, momentum=self.averaging)
 
 
 def augment(images):
@@ -506,20 +541,19 @@ def write_csv(path, rows):
 
 
 def save(path, settings, sources, **content):
-    """Write what load() reads. It remembers its sources, which load() gave, by their checksums. A
-    file that another run has written, with other settings, is not overwritten."""
+    """Write what load() reads; its checksum. It remembers those of its sources, which load() gave.
+    A file that another run has written, with other settings, is not overwritten."""
     settings, made_from = {**settings, "file": path.name}, {}
     if path.exists():
         there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if there["settings"] != settings:
-            fail(
-                f"{path} is another run's by now, with other settings: give each one its own --out"
-            )
+            fail(f"{path} is another run's by now, of other settings: give each one its own --out")
     for source in sources:
         made_from |= source["made_from"] | {source["settings"]["file"]: source["mark"]}
     buffer = io.BytesIO()
     torch.save({"settings": settings, "made_from": made_from, **content}, buffer)
     write(path, buffer.getvalue())
+    return checksum(buffer.getvalue())
 
 
 def load(path, settings):
@@ -536,32 +570,20 @@ def load(path, settings):
     if made_with["file"] != path.name:
         fail(f"{path} is a copy of a {made_with['file']}, which is not read by this name")
     for name, value in {**settings, "file": path.name}.items():
-        if made_with.get(name) != value:
-            old = made_with.get(name)  # a folder of images that has moved goes on by its old name
+        old = made_with.get(name)
+        if old != value:  # a folder of images that has moved goes on by its old name
             way = shlex.join([f"--{name}={old}"]) if name in COMMON else "--restart"
             fail(f"{path}: {name} was {old}, not {value}: {way} or other --out")
     for name, mark in made_from.items():
         source = path.with_name(name)
         if source.exists() and checksum(source.read_bytes()) != mark:
-            chapter = CHAPTERS[int(path.name[:2]) - 1]
-            fail(
-                f"{path} is stale: {name} is another one by now: {chapter} --restart makes it anew"
-            )
+            mend = f"{CHAPTERS[int(path.name[:2]) - 1]} --restart makes it anew"
+            fail(f"{path} is stale: {name} is another one by now: {mend}")
     return {**loaded, "mark": checksum(content)}
 
 
 def checksum(content):
     return hashlib.sha256(content).hexdigest()[:12]
-
-
-def moved(content, device, learn=False):
-    """A copy with all tensors on the device, where they get gradients if they are to learn."""
-    return {
-        name: part.detach().to(device, copy=True).requires_grad_(learn)
-        if torch.is_tensor(part)
-        else part
-        for name, part in content.items()
-    }
 
 
 CHAPTERS = [
@@ -598,7 +620,7 @@ def read_flags(**others):
     )
     parser.error = fail
     for flag, options in {**COMMON, **others}.items():
-        parser.add_argument("--" + flag.replace("_", "-"), **options)
+        parser.add_argument(f"--{flag.replace('_', '-')}", **options)
     args = parser.parse_args()
     args.given = [
         f"--{flag}={value}"
@@ -606,13 +628,15 @@ def read_flags(**others):
         if flag in COMMON and value != parser.get_default(flag)
     ]
     usual = "tiny" if args.dataset == "toy" else "paper"
-    preset = args.preset or usual
+    preset, args.settings = args.preset or usual, {}
     for flag, (*values, least, most, text) in FLAGS.items():
-        if getattr(args, flag) is None:
-            setattr(args, flag, values[PRESETS.index(preset)])
-        if not least <= getattr(args, flag) <= most:
-            fail(f"{flag} is {getattr(args, flag)}, not {least} to {most}: {text}")
-    args.settings = {flag: getattr(args, flag) for flag in FLAGS}
+        value = getattr(args, flag)
+        if value is None:
+            value = values[PRESETS.index(preset)]
+        if not least <= value <= most:
+            fail(f"{flag} is {value}, not {least} to {most}: {text}")
+        args.settings[flag] = value
+    vars(args).update(args.settings)
     if not 0 <= args.seed < 2**31:
         fail(f"--seed is {args.seed}, not 0 to {2**31 - 1}")
     folder, built_in = Path(args.dataset).resolve(), args.dataset in ("cifar10", "cifar100", "toy")
@@ -620,34 +644,10 @@ def read_flags(**others):
         fail(f"--dataset {args.dataset}: write ./{args.dataset}, or rename the folder of this name")
     dataset = args.dataset if built_in else str(folder)  # two folders may have one last name
     args.common = {"dataset": dataset, "net": args.net, "preset": preset, "seed": args.seed}
-    unusual = [preset] * (preset != usual) + [f"seed{args.seed}"] * (args.seed > 0)
-    args.out = args.out or Path("runs", "-".join([folder.name, args.net, *unusual]))
+    words = [folder.name, args.net] + [preset] * (preset != usual)
+    words += [f"seed{args.seed}"] * (args.seed > 0)
+    args.out = args.out or Path("runs", "-".join(words))
     return args
-
-
-def pick_device(args):
-    """(the device, autocast to bf16 where a GPU has it, words for both); exits if it is none."""
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except Exception as error:  # of many kinds
-        fail(f"--device {name}: {str(error).splitlines()[0]}")
-    bf16 = torch.cuda.is_initialized() and torch.cuda.is_bf16_supported(including_emulation=False)
-    torch.backends.cudnn.allow_tf32 = False  # float32 is what is said; bf16 is not touched
-    precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    return device, precision, f"{device} in {'bf16' if bf16 else 'float32'}"
-
-
-def run_missing(args, *files):
-    """Run each earlier chapter whose file is missing; if stopped, it stops the one that runs."""
-    for name, script in zip(files, CHAPTERS):
-        if not (args.out / name).exists():
-            print(f"{args.out / name} is missing: running {script}\n")
-            command = [sys.executable, Path(__file__).resolve().with_name(script), *args.given]
-            command += [f"--sampling={args.sampling}"] if script > "03" else []
-            if subprocess.run(command).returncode:
-                raise SystemExit(2)  # it has said why
 
 
 def finish(args, rows, wrote, following=""):

@@ -6,7 +6,7 @@
             student = random choices of what varies, the largest of the rest
             x' = PGD from x, climbing KL(teacher(x) || student(x'))
             loss = (1 - alpha) KL(teacher(x) || student(x)) + alpha KL(teacher(x) || student(x'))
-            SGD step on the layers that the student uses                    # equations 2 and 3
+            one SGD step on the layers that the student uses                # equations 2 and 3
 
 Students shrink in three phases; Dyn-MobileNetV3 has kernels in place of widths. RSLAD (Zi et al.,
 2021): the teacher's answer to the natural image is the target, with and without the attack.
@@ -67,7 +67,8 @@ VARIES = {  # figure 4: the kinds of genes that vary in each of the three phases
     "fixed": [()],  # none, in one phase as long as the three
 }
 
-SHOWN = {"largest": -1, "middle": 1, "smallest": 0}  # of whom accuracies are logged
+# Of whom accuracies are logged: which choice of every gene; middle is the second smallest of each.
+SHOWN = {"largest": -1, "middle": 1, "smallest": 0}
 
 
 def main():
@@ -86,18 +87,26 @@ def main():
     )
     if (args.sampling == "fixed") != bool(args.student):
         fail("--sampling fixed and --student NAME go together")
-    device, precision, where = pick_device(args)
-    run_missing(args, "01_dynamic_net.pt", "02_teacher.pt")
-    net = load(args.out / "01_dynamic_net.pt", args.common)
-    trained = load(args.out / "02_teacher.pt", net["settings"])
-    data = load_images(args, net, device)
-    base = named_student(args, net) if args.student else student_at(net, -1)
     start = args.start or ("random" if args.student else "teacher")
-    first = trained if start == "teacher" else net
-    sources, taught_by, mark = [net, trained], "teacher", ""
+    device, precision, where = pick_device(args)
+    ours = start == "teacher" or not args.teacher  # is chapter 2's teacher needed
+    run_missing(args, "01_dynamic_net.pt", *["02_teacher.pt"] * ours)
+    net = load(args.out / "01_dynamic_net.pt", args.common)
+    trained = load(args.out / "02_teacher.pt", net["settings"]) if ours else net
+    data = load_images(args, net, device)
+    batch = min(args.batch_size, len(data["train"]))
+    batches = len(data["train"]) // batch  # of an epoch; an incomplete batch is left out
+    base = named_student(args, net) if args.student else student_at(net, -1)  # what does not vary
+    begin_with = trained if start == "teacher" else net
     if args.teacher:
-        sources, taught_by = [first], args.teacher.stem
+        sources, taught_by = [begin_with], args.teacher.stem
         mark = checksum(args.teacher.read_bytes())
+        teacher = exported_network(args.teacher, data["train"][:batch] / 255, net["classes"])
+    else:
+        # A copy, which does not learn. Its batch norms have each batch's statistics, as the
+        # student's: so the largest student begins as the teacher, and what moves it is the method.
+        sources, taught_by, mark = [net, trained], "teacher", ""
+        teacher = Network(net, moved(trained["weights"], device), student_at(net, -1))
     settings = {**net["settings"], **args.settings, "start": start, "genotype": base}
     settings |= {"student": args.student or "largest", "teacher": f"{taught_by} {mark}"}
     file, following = f"03_{args.sampling}", f"04_predictor.py --sampling={args.sampling}"
@@ -111,14 +120,7 @@ def main():
     if checkpoint.exists() and not state.exists():
         load(checkpoint, settings)
         return finish(args, [], [f"{checkpoint} earlier (--restart makes it anew)"], following)
-    batch = min(args.batch_size, len(data["train"]))
-    batches = len(data["train"]) // batch  # of an epoch; an incomplete batch is left out
-    # The teacher is a copy, which does not learn. Its batch norms have each batch's statistics, as
-    # the student's: so the largest student begins as the teacher, and what moves it is the method.
-    teacher = Network(net, moved(trained["weights"], device), student_at(net, -1))
-    if args.teacher:
-        teacher = exported_network(args.teacher, data["train"][:batch] / 255, net["classes"])
-    shared = moved(first["weights"], device, learn=True)
+    shared = moved(begin_with["weights"], device, learn=True)
     optimizer = torch.optim.SGD(shared.values(), momentum=0.9, weight_decay=2e-4)  # 5.0.1
     rows = resume(state, settings, shared, optimizer)[0]
     phases, shown = VARIES[args.sampling], {"student": base}
@@ -136,8 +138,8 @@ def main():
         varies = phases[phase]  # figure 4
         if epoch_of_phase == 0:
             optimizer.state.clear()  # each phase has its own momentum, warm-up and cosine
-            if "expand" in varies and not any("expand" in kinds for kinds in phases[:phase]):
-                sort_channels(net, shared)  # once: now students keep a block's first channels
+            if "expand" in varies and phase == phases.index(varies):  # the first such phase
+                sort_channels(net, shared)  # from now on students keep a part of a block's channels
         order = torch.randperm(len(data["train"])).to(device)
         losses = torch.zeros(batches, 3, device=device)
         for i in counted(f"epoch {epoch + 1}:", 0, batches, epochs - epoch):
@@ -147,26 +149,24 @@ def main():
             with precision:
                 with torch.no_grad():
                     target = (args.sharpen * teacher(x)).log_softmax(1)  # log T(x), (B, classes)
-                natural = kl(network(x), target)
+                natural_kl = kl(target, network(x))
 
-                # L_max of equation 2: the attack, on the student with the statistics of x. At a KL
-                # of 0 its gradient is 0: start near x.
+                # L_max of equation 2: the attack, on the student with the statistics that the line
+                # above has left, of x. At a KL of 0 its gradient is 0: start near x.
                 noise = 0.001 * torch.randn_like(x)
-                x_adv = pgd(network.frozen(), x, lambda logits: kl(logits, target), noise, *attack)
+                x_adv = pgd(network.fold_norms(), x, lambda z: kl(target, z), noise, *attack)
 
                 # L_min: the loss. Batch statistics, for running ones would mix students.
-                adversarial = kl(network(x_adv), target)
-                loss = (1 - args.alpha) * natural + args.alpha * adversarial
+                adversarial_kl = kl(target, network(x_adv))
+                loss = (1 - args.alpha) * natural_kl + args.alpha * adversarial_kl
 
             share = (epoch_of_phase + (i + 1) / batches) / epochs_of_phase  # of the phase
             cosine = (1 + math.cos(math.pi * share)) / 2  # from 1 to 0 in each phase
             optimizer.param_groups[0]["lr"] = args.lr * min(share / args.warmup, cosine)
-            # To None: layers that this student lacks keep still. Of the others the whole tensor
-            # moves, by momentum and decay, and its slice by the gradient, too.
-            optimizer.zero_grad()
-            loss.backward()  # through the slices into the shared weights (equation 3)
-            optimizer.step()
-            losses[i] = torch.stack([loss, natural, adversarial]).detach()
+            optimizer.zero_grad()  # gradients are None: SGD skips layers that this student lacks.
+            loss.backward()  # Through the slices into the shared weights (equation 3).
+            optimizer.step()  # Outside the slice a layer moves, too, by momentum and decay alone.
+            losses[i] = torch.stack([loss, natural_kl, adversarial_kl]).detach()
 
         row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
         row |= averages(losses, "loss", "natural_kl", "adversarial_kl")
@@ -176,8 +176,8 @@ def main():
         rows.append({**row, "seconds": time.monotonic() - begun})
         print(", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()))
         write_csv(log, rows)
-        state_of = {"weights": shared, "sgd": optimizer.state_dict(), "rows": rows, "best": {}}
-        save(state, settings, sources, **state_of)
+        going_on = {"weights": shared, "sgd": optimizer.state_dict(), "rows": rows, "best": {}}
+        save(state, settings, sources, **going_on)
     save(checkpoint, settings, sources, weights=moved(shared, "cpu"))
     state.unlink()
     table = []
@@ -191,10 +191,12 @@ def sort_channels(net, shared):
     """Order each block's middle channels by importance, so that smaller expansions keep the
     important ones. The largest network's function stays."""
     for block in [gene.removeprefix("expand_") for gene in net["genes"] if "expand" in gene]:
-        if "kernel" in net:  # reduce -> middle (-> squeeze -> excite) -> last: one order, for a
-            # depthwise kernel makes of each channel one
+        if "kernel" in net:
+            # reduce -> middle (-> squeeze -> excite) -> last: one order throughout, for a depthwise
+            # layer keeps channels apart
             reorder(shared, block, ["reduce", "middle", "excite"], ["last", "squeeze"])
-        else:  # reduce -> middle -> last: two orders
+        else:
+            # reduce -> middle -> last: an order of the channels on each side of middle
             reorder(shared, block, ["middle"], ["last"])
             reorder(shared, block, ["reduce"], ["middle"])
 
@@ -220,9 +222,7 @@ def exported_network(path, x, classes):  # exits if it does not give images x a 
     try:
         network = torch.export.load(path).module().to(x.device)
     except Exception:  # of many kinds
-        fail(
-            f"--teacher {path}: not what torch.export.save wrote, as weights are, or of newer torch"
-        )
+        fail(f"--teacher {path}: not what torch.export.save wrote, or of a newer torch")
     try:
         network(x).view(len(x), classes)
     except Exception as error:  # of many kinds
@@ -231,20 +231,20 @@ def exported_network(path, x, classes):  # exits if it does not give images x a 
 
 
 # ---- Attack, judging and going on, word for word as in chapter 2 ---------------------------------
-def pgd(network, x, loss, start, eps, step_size, steps):
+def pgd(network, x, loss, noise, eps, step_size, steps):
     """Projected gradient ascent (Madry et al., 2018), the inner maximisation of equation 1: signed
-    steps up loss(network(x')) from x + start, within |x' - x| <= eps and 0 <= x' <= 1."""
-    x_adv = (x + start).clamp(0, 1)
+    steps up loss(network(x')) from x + noise, within |x' - x| <= eps and 0 <= x' <= 1."""
+    x_adv = (x + noise).clamp(0, 1)
     for _ in range(steps):
         x_adv.requires_grad_()
-        with torch.enable_grad():  # judge() switches it off; of x alone, so not of the weights
-            (gradient,) = torch.autograd.grad(loss(network(x_adv)), x_adv)
+        with torch.enable_grad():  # which judge() switches off
+            (gradient,) = torch.autograd.grad(loss(network(x_adv)), x_adv)  # none of the weights'
         x_adv = x_adv.detach() + step_size * gradient.sign()
         x_adv = (x + (x_adv - x).clamp(-eps, eps)).clamp(0, 1)
     return x_adv
 
 
-def kl(logits, target):
+def kl(target, logits):
     """KL(target || softmax(logits)), mean over images; target holds log-probabilities (B, C)."""
     return F.kl_div(F.log_softmax(logits, 1), target, reduction="batchmean", log_target=True)
 
@@ -265,26 +265,25 @@ def calibrated(network, images, batch=250):
     for i, x in enumerate(images.split(batch)):
         network.averaging = len(x) / (i * batch + len(x))  # a plain average
         network(x / 255)
-    return network.frozen()
+    return network.fold_norms()
 
 
 @torch.no_grad()
 def judge(network, images, labels, eps, step_size, steps, batch=100):
     """(natural, robust), bool (N,): which uint8 images are right, and which still are after PGD. It
-    climbs the cross-entropy, as all papers report it: here a wrong class counts, in training any
-    other answer. It starts at one place of the ball for all: no answer depends on the batch. FGSM,
-    which is PGD of one step, starts at the image."""
-    noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    start = (2 * noise.to(images.device) - 1) * (eps if steps > 1 else 0)
+    climbs the cross-entropy, as all papers report it: judging asks for a wrong class, training for
+    any change of the answer. It starts at one place of the ball for all images: no answer depends
+    on the batch. FGSM, which is PGD of one step, starts at the image."""
+    noise = 2 * torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
+    noise = noise.to(images.device) * (eps if steps > 1 else 0)
     natural = torch.cat([network(x / 255).argmax(1) for x in images.split(batch)]) == labels
-    robust = torch.zeros_like(natural)
-    for pick in natural.nonzero()[:, 0].split(batch):
-        if len(pick) == 0:  # none is right; nothing splits into one empty piece
-            break
+    right, robust = natural.nonzero()[:, 0], torch.zeros_like(natural)
+    for i in range(0, len(right), batch):
+        pick = right[i : i + batch]
         if images.is_cuda:  # filled up: cuDNN meets one shape, and builds its kernels once
             pick = pick.repeat(batch // len(pick) + 1)[:batch]
         x, y = images[pick] / 255, labels[pick]
-        x_adv = pgd(network, x, lambda z: F.cross_entropy(z, y), start, eps, step_size, steps)
+        x_adv = pgd(network, x, lambda z: F.cross_entropy(z, y), noise, eps, step_size, steps)
         robust[pick] = network(x_adv).argmax(1) == y
     return natural, robust
 
@@ -295,6 +294,69 @@ def accuracies(network, data, args):
     images, labels = data["held_out"][: args.val_images], data["held_out_labels"][: args.val_images]
     right = judge(network, images, labels, args.eps / 255, args.step_size / 255, args.steps)
     return [part.sum().item() / len(part) for part in right]
+
+
+def usable(path, settings):
+    """What load() gives; nothing of a file that is not there, nor, with a line that says why, of
+    one that is stale or not ours."""
+    try:
+        return load(path, settings) if path.exists() else None
+    except SystemExit as problem:
+        print(f"passed over: {problem}")
+
+
+def pick_device(args):
+    """(the device, autocast to bf16 where a GPU has it, words for both); exits if it is none."""
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # of many kinds
+        fail(f"--device {name}: {str(error).splitlines()[0]}")
+    bf16 = torch.cuda.is_initialized() and torch.cuda.is_bf16_supported(including_emulation=False)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is what is said; bf16 is not touched
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    return device, precision, f"{device} in {'bf16' if bf16 else 'float32'}"
+
+
+def moved(content, device, learn=False):
+    """A copy with all tensors on the device, where they get gradients if they are to learn."""
+    return {
+        name: part.detach().to(device, copy=True).requires_grad_(learn)
+        if torch.is_tensor(part)
+        else part
+        for name, part in content.items()
+    }
+
+
+def run_missing(args, *files):
+    """Run each earlier chapter whose file is missing; if stopped, it stops the one that runs."""
+    for name, script in zip(files, CHAPTERS):
+        if not (args.out / name).exists():
+            print(f"{args.out / name} is missing: running {script}\n")
+            command = [sys.executable, Path(__file__).resolve().with_name(script), *args.given]
+            command += [f"--sampling={args.sampling}"] if script > "03" else []
+            if subprocess.run(command).returncode:
+                raise SystemExit(2)  # it has said why
+
+
+def load_images(args, net, device):
+    """{train, held_out, test}: uint8 (N, 3, 32, 32), {...}_labels: (N,), the classes' names, and
+    calibration, training images for batch norms' statistics."""
+    images = load(args.out / "01_images.pt", args.common)
+    if images["mark"] != net["settings"]["data"]:
+        fail("01_images.pt and 01_dynamic_net.pt are of different images: --restart chapter 1")
+    return moved(images, device)
+
+
+def named_student(args, net):
+    """The student of this name in 01_students.csv or in a search's 05_best.csv."""
+    students = {**net["students"]}
+    if args.student not in students:
+        for path in args.out.glob("05_search*.pt"):
+            search = usable(path, net["settings"])
+            students |= search["students"] if search else {}
+    return students.get(args.student) or fail(f"choose --student from {', '.join(students)}")
 
 
 def counted(name, begin, end, rounds=1):
@@ -322,23 +384,6 @@ def resume(path, settings, shared, optimizer):
     return state["rows"], state["best"]
 
 
-def named_student(args, net):
-    """The student of this name in 01_students.csv or in a search's 05_best.csv."""
-    students = net["students"]
-    for path in [] if args.student in students else args.out.glob("05_search*.pt"):
-        students |= load(path, net["settings"])["students"]
-    return students.get(args.student) or fail(f"choose --student from {', '.join(students)}")
-
-
-def load_images(args, net, device):
-    """{train, held_out, test}: uint8 (N, 3, 32, 32), {...}_labels: (N,), the classes' names, and
-    calibration, training images for batch norms' statistics."""
-    images = load(args.out / "01_images.pt", args.common)
-    if images["mark"] != net["settings"]["data"]:
-        fail("01_images.pt and 01_dynamic_net.pt are of different images: --restart chapter 1")
-    return moved(images, device)
-
-
 # ---- The network, word for word as in chapter 1 --------------------------------------------------
 class Slices:
     """Layers whose weights are leading slices of shared ones: as many outputs as are asked for, as
@@ -357,8 +402,9 @@ class Slices:
                     centre = weight[:, :, 1:-1, 1:-1].reshape(out, side * side)
                     weight = (centre @ self.shared[f"{name}_to{side}"]).view(out, 1, side, side)
                 self.slices[name] = weight.contiguous(memory_format=torch.channels_last)
-        bias, groups = self.vector(f"{name}_bias", out) if bias else None, out if depthwise else 1
-        return F.conv2d(x, self.slices[name], bias, stride, kernel // 2, groups=groups)
+        shift = self.vector(f"{name}_bias", out) if bias else None
+        groups = out if depthwise else 1
+        return F.conv2d(x, self.slices[name], shift, stride, kernel // 2, groups=groups)
 
     def vector(self, name, size):
         if name not in self.slices:
@@ -381,7 +427,8 @@ def canonical(net, student):
 
 
 def student_at(net, place):
-    """The student that takes this choice of every gene: -1 the largest, 0 the smallest."""
+    """The student that takes this choice of every gene: 0 the smallest, 1 the second, -1 the
+    largest."""
     return canonical(net, [choices[place] for choices in net["genes"].values()])
 
 
@@ -397,13 +444,14 @@ def sample(net, rng, varies=None, base=()):
 class Network(Slices):
     """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its weights are
     slices as they were in the first call: after an SGD step, make a new one. Batch norm has the
-    batch's statistics, as in training; frozen() has those of the last call."""
+    batch's statistics, as in training, and keeps them in `stats`."""
 
     def __init__(self, net, shared, student):
         super().__init__(shared)
         self.net, self.choice = net, dict(zip(net["genes"], student))
         self.stats = {}  # {layer: (mean, variance) of its output's channels}
-        self.averaging, self.fixed = 1.0, False  # the next batch's weight in stats; are they fixed
+        self.averaging = 1.0  # the next batch's weight in them: 1 keeps that of the last one alone
+        self.folded = False  # whether batch norm has become part of the convolutions
 
     def __call__(self, x):
         x = x.contiguous(memory_format=torch.channels_last)  # a fifth faster than channels first
@@ -454,11 +502,11 @@ class Network(Slices):
         return F.hardswish(self.conv("head_2", x.mean((2, 3), keepdim=True), net["head"][1]))
 
     @torch.no_grad()
-    def frozen(self):
-        """The student with the statistics that it has now, for the attack and to be judged. Batch
-        norm is a scale and a shift then, which go into the convolution's weights and bias."""
+    def fold_norms(self):
+        """A student whose batch norms have the statistics that are now in `stats`, for the attack
+        and to be judged: a scale and a shift, which become part of each convolution."""
         student = copy.copy(self)
-        student.slices, student.fixed = {**self.slices}, True
+        student.slices, student.folded = {**self.slices}, True
         for name, (mean, variance) in self.stats.items():
             scale, shift = (student.slices.pop(f"{name}_{part}") for part in ("scale", "shift"))
             factor = scale / (variance + 1e-5).sqrt()
@@ -467,13 +515,14 @@ class Network(Slices):
         return student
 
     def conv_bn(self, name, x, out, *sizes, **options):
-        x = self.conv(name, x, out, *sizes, **options, bias=self.fixed)
-        if self.fixed:
+        x = self.conv(name, x, out, *sizes, **options, bias=self.folded)
+        if self.folded:
             return x
         scale, shift = (self.vector(f"{name}_{part}", out) for part in ("scale", "shift"))
         if name not in self.stats:
-            self.stats[name] = scale.new_zeros(2, out)  # updated in place
-        return F.batch_norm(x, *self.stats[name], scale, shift, True, self.averaging)
+            self.stats[name] = scale.new_zeros(2, out)
+        mean, variance = self.stats[name]  # which batch_norm updates in place
+        return F.batch_norm(x, mean, variance, scale, shift, True, momentum=self.averaging)
 
 
 def augment(images):
@@ -510,20 +559,19 @@ def write_csv(path, rows):
 
 
 def save(path, settings, sources, **content):
-    """Write what load() reads. It remembers its sources, which load() gave, by their checksums. A
-    file that another run has written, with other settings, is not overwritten."""
+    """Write what load() reads; its checksum. It remembers those of its sources, which load() gave.
+    A file that another run has written, with other settings, is not overwritten."""
     settings, made_from = {**settings, "file": path.name}, {}
     if path.exists():
         there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if there["settings"] != settings:
-            fail(
-                f"{path} is another run's by now, with other settings: give each one its own --out"
-            )
+            fail(f"{path} is another run's by now, of other settings: give each one its own --out")
     for source in sources:
         made_from |= source["made_from"] | {source["settings"]["file"]: source["mark"]}
     buffer = io.BytesIO()
     torch.save({"settings": settings, "made_from": made_from, **content}, buffer)
     write(path, buffer.getvalue())
+    return checksum(buffer.getvalue())
 
 
 def load(path, settings):
@@ -540,32 +588,20 @@ def load(path, settings):
     if made_with["file"] != path.name:
         fail(f"{path} is a copy of a {made_with['file']}, which is not read by this name")
     for name, value in {**settings, "file": path.name}.items():
-        if made_with.get(name) != value:
-            old = made_with.get(name)  # a folder of images that has moved goes on by its old name
+        old = made_with.get(name)
+        if old != value:  # a folder of images that has moved goes on by its old name
             way = shlex.join([f"--{name}={old}"]) if name in COMMON else "--restart"
             fail(f"{path}: {name} was {old}, not {value}: {way} or other --out")
     for name, mark in made_from.items():
         source = path.with_name(name)
         if source.exists() and checksum(source.read_bytes()) != mark:
-            chapter = CHAPTERS[int(path.name[:2]) - 1]
-            fail(
-                f"{path} is stale: {name} is another one by now: {chapter} --restart makes it anew"
-            )
+            mend = f"{CHAPTERS[int(path.name[:2]) - 1]} --restart makes it anew"
+            fail(f"{path} is stale: {name} is another one by now: {mend}")
     return {**loaded, "mark": checksum(content)}
 
 
 def checksum(content):
     return hashlib.sha256(content).hexdigest()[:12]
-
-
-def moved(content, device, learn=False):
-    """A copy with all tensors on the device, where they get gradients if they are to learn."""
-    return {
-        name: part.detach().to(device, copy=True).requires_grad_(learn)
-        if torch.is_tensor(part)
-        else part
-        for name, part in content.items()
-    }
 
 
 CHAPTERS = [
@@ -602,7 +638,7 @@ def read_flags(**others):
     )
     parser.error = fail
     for flag, options in {**COMMON, **others}.items():
-        parser.add_argument("--" + flag.replace("_", "-"), **options)
+        parser.add_argument(f"--{flag.replace('_', '-')}", **options)
     args = parser.parse_args()
     args.given = [
         f"--{flag}={value}"
@@ -610,13 +646,15 @@ def read_flags(**others):
         if flag in COMMON and value != parser.get_default(flag)
     ]
     usual = "tiny" if args.dataset == "toy" else "paper"
-    preset = args.preset or usual
+    preset, args.settings = args.preset or usual, {}
     for flag, (*values, least, most, text) in FLAGS.items():
-        if getattr(args, flag) is None:
-            setattr(args, flag, values[PRESETS.index(preset)])
-        if not least <= getattr(args, flag) <= most:
-            fail(f"{flag} is {getattr(args, flag)}, not {least} to {most}: {text}")
-    args.settings = {flag: getattr(args, flag) for flag in FLAGS}
+        value = getattr(args, flag)
+        if value is None:
+            value = values[PRESETS.index(preset)]
+        if not least <= value <= most:
+            fail(f"{flag} is {value}, not {least} to {most}: {text}")
+        args.settings[flag] = value
+    vars(args).update(args.settings)
     if not 0 <= args.seed < 2**31:
         fail(f"--seed is {args.seed}, not 0 to {2**31 - 1}")
     folder, built_in = Path(args.dataset).resolve(), args.dataset in ("cifar10", "cifar100", "toy")
@@ -624,34 +662,10 @@ def read_flags(**others):
         fail(f"--dataset {args.dataset}: write ./{args.dataset}, or rename the folder of this name")
     dataset = args.dataset if built_in else str(folder)  # two folders may have one last name
     args.common = {"dataset": dataset, "net": args.net, "preset": preset, "seed": args.seed}
-    unusual = [preset] * (preset != usual) + [f"seed{args.seed}"] * (args.seed > 0)
-    args.out = args.out or Path("runs", "-".join([folder.name, args.net, *unusual]))
+    words = [folder.name, args.net] + [preset] * (preset != usual)
+    words += [f"seed{args.seed}"] * (args.seed > 0)
+    args.out = args.out or Path("runs", "-".join(words))
     return args
-
-
-def pick_device(args):
-    """(the device, autocast to bf16 where a GPU has it, words for both); exits if it is none."""
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except Exception as error:  # of many kinds
-        fail(f"--device {name}: {str(error).splitlines()[0]}")
-    bf16 = torch.cuda.is_initialized() and torch.cuda.is_bf16_supported(including_emulation=False)
-    torch.backends.cudnn.allow_tf32 = False  # float32 is what is said; bf16 is not touched
-    precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    return device, precision, f"{device} in {'bf16' if bf16 else 'float32'}"
-
-
-def run_missing(args, *files):
-    """Run each earlier chapter whose file is missing; if stopped, it stops the one that runs."""
-    for name, script in zip(files, CHAPTERS):
-        if not (args.out / name).exists():
-            print(f"{args.out / name} is missing: running {script}\n")
-            command = [sys.executable, Path(__file__).resolve().with_name(script), *args.given]
-            command += [f"--sampling={args.sampling}"] if script > "03" else []
-            if subprocess.run(command).returncode:
-                raise SystemExit(2)  # it has said why
 
 
 def finish(args, rows, wrote, following=""):

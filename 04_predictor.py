@@ -57,7 +57,7 @@ FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
 }
 # fmt: on
 
-PAPER = {"natural": 0.0076, "robust": 0.0072}  # RMSE (section 5.2)
+PAPER = {"natural": 0.0076, "robust": 0.0072}  # RMSE (section 5.2; 0.0073 in the abstract)
 
 HIDDEN = [400] * 6  # widths of the predictor's hidden layers (released code)
 
@@ -91,17 +91,15 @@ def main():
     for i in counted("students:", len(rows), args.students):
         row = measure(args, Network(net, shared, students[i]), data)
         rows.append({**dict(zip(net["genes"], students[i])), **row})
-        save(state, measuring, [trained], rows=rows)
         write_csv(state.with_suffix(".csv"), rows)
+        save(state, measuring, [trained], rows=rows)  # last: without it, a student is measured anew
 
-    measured, halves = (
-        torch.tensor([[row[name + half] for name in PAPER] for row in rows])
-        for half in ("", "_half")
-    )  # (N, 2)
+    measured = torch.tensor([[row["natural"], row["robust"]] for row in rows])  # (N, 2)
+    half = torch.tensor([[row["natural_half"], row["robust_half"]] for row in rows])
     test = args.students - args.test_students
     predictor = train_predictor(args, net, students[:test], measured[:test])
     predicted = predict_accuracy(predictor, net, students[test:])
-    report = compare(measured, halves, predicted)
+    report = compare(measured, half, predicted)
     write_csv(args.out / f"04_report{end}.csv", report)
     columns = "natural", "robust", "predicted_natural", "predicted_robust"
     table = torch.cat([measured[test:], predicted], 1).tolist()
@@ -113,12 +111,8 @@ def main():
     write(args.out / f"04_pictures{end}.png", pictures(args, middle, data))
     save(checkpoint, settings, [trained], **predictor)
     print(f"\non {len(predicted)} students that were not used in training; shares of 1:")
-    finish(
-        args,
-        report,
-        [checkpoint, args.out / f"04_*{end}.csv", args.out / f"04_pictures{end}.png"],
-        following,
-    )
+    wrote = checkpoint, args.out / f"04_*{end}.csv", args.out / f"04_pictures{end}.png"
+    finish(args, report, wrote, following)
 
 
 def measure(args, network, data):
@@ -152,10 +146,9 @@ def train_predictor(args, net, students, labels):
     features = one_hot(net, students)
     mean, scale = labels.mean(0), labels.std(0).clamp(min=1e-4)  # both targets at one scale
     sizes = [features.shape[1], *HIDDEN, 2]
-    layers = [
-        (torch.randn(inp, out) * (2 / inp) ** 0.5, torch.zeros(out))
-        for inp, out in zip(sizes, sizes[1:])
-    ]
+    layers = []  # (matrix, bias): plain tensors, which chapter 5 can read from a file
+    for inp, out in zip(sizes, sizes[1:]):
+        layers.append((torch.randn(inp, out) * (2 / inp) ** 0.5, torch.zeros(out)))
     layers[-1][0].zero_()  # before training it answers the mean
     weights = [weight.requires_grad_() for layer in layers for weight in layer]
     optimizer = torch.optim.Adam(weights, lr=1e-3)  # released code
@@ -193,32 +186,35 @@ def predict_accuracy(predictor, net, students):
     return answers * predictor["scale"] + predictor["mean"]
 
 
-def compare(measured, halves, predicted):
-    """What the error means: a row for each target, from all labels (N, 2), those on half of the
-    images, and the predictions of the last students (T, 2).
+def compare(measured, half, predicted):
+    """What the error means: a row for each target, from all labels (N, 2), those on the first half
+    of the images, and the predictions of the last students (T, 2).
 
-    A search needs the order alone: Kendall's tau-b is the share of pairs in the right order less
-    that of pairs in the wrong one. Half of the images give twice the variance, and halves share
-    none: so they differ with twice the variance of two labels. All students share their images:
-    the part of this that moves all of them alike is no error of the predictor.
+    tau: a search needs the order alone; Kendall's tau-b is the share of pairs in the right order
+    less that of pairs in the wrong one.
+    moves by: how far labels on two sets of so many images differ. Each half of n images gives a
+    label of twice the variance, and halves share no image: Var(second - first) = 4 s^2 / n, twice
+    that of label1 - label2. No predictor's RMSE can be below 1 / sqrt(2) of it, but for the part
+    that moves all students alike, since they share their images.
     """
     test = measured[-len(predicted) :]
     error = (predicted - test).square().mean(0).sqrt()
     real, guessed = ((part[:, None] - part).sign() for part in (test, predicted))  # (T, T, 2)
     pairs = real.square().sum((0, 1)) * guessed.square().sum((0, 1))  # ties are 0
     tau = (real * guessed).sum((0, 1)) / pairs.sqrt()
-    moves = (2 * measured - 2 * halves) / 2**0.5  # (second - first half) / sqrt(2)
-    rows = zip(
-        PAPER,
-        PAPER.values(),
-        error.tolist(),
-        tau.tolist(),
-        measured.mean(0).tolist(),
-        measured.std(0).tolist(),
-        moves.square().mean(0).sqrt().tolist(),
-    )
-    columns = "target", "paper's RMSE", "RMSE", "tau", "mean", "sd of students", "moves by"
-    return [dict(zip(columns, row)) for row in rows]
+    moves = (2 * measured - 2 * half) / 2**0.5  # (second - first half) / sqrt(2)
+    columns = {
+        "RMSE": error,
+        "tau": tau,
+        "mean": measured.mean(0),
+        "sd of students": measured.std(0),
+        "moves by": moves.square().mean(0).sqrt(),
+    }
+    rows = []
+    for i, (target, paper) in enumerate(PAPER.items()):
+        row = {name: column[i].item() for name, column in columns.items()}
+        rows.append({"target": target, "paper's RMSE": paper, **row})
+    return rows
 
 
 # ---- Figure 6, and pictures of an attack ---------------------------------------------------------
@@ -226,12 +222,10 @@ def widths(args, net, shared, teacher, data):
     """Figure 6: the teacher, and students that differ in width (kernel) alone, measured."""
     kind = "kernel" if "kernel" in net else "width"
     rows = [{"student": "teacher", **measure(args, teacher, data)}]
-    for place, value in enumerate(net[kind]):
-        student = [
-            choices[place if gene.startswith(kind) else -1]
-            for gene, choices in net["genes"].items()
-        ]
-        network = Network(net, shared, canonical(net, student))
+    for value in net[kind]:
+        genes = dict(zip(net["genes"], student_at(net, -1)))
+        genes |= {gene: value for gene in genes if gene.startswith(kind)}
+        network = Network(net, shared, genes.values())
         rows.append({"student": value, **measure(args, network, data)})
     return rows
 
@@ -245,20 +239,13 @@ def pictures(args, network, data):
     network = calibrated(network, data["calibration"])
     x, y = data["held_out"][: args.images], data["held_out_labels"][: args.images]
     right = torch.cat([network(part / 255).argmax(1) for part in x.split(100)]) == y
-    pick = (~right).int().argsort(stable=True)[: right.sum().clamp(1, 8)]
+    pick = right.nonzero()[:8, 0].tolist() or [0]
     x, y = x[pick] / 255, y[pick]
-    x_adv = pgd(
-        network,
-        x,
-        lambda logits: F.cross_entropy(logits, y),
-        torch.zeros_like(x),
-        args.eps / 255,
-        args.step_size / 255,
-        args.steps,
-    )
+    noise, attack = torch.zeros_like(x), (args.eps / 255, args.step_size / 255, args.steps)
+    x_adv = pgd(network, x, lambda z: F.cross_entropy(z, y), noise, *attack)
     right = torch.cat([network(at).argmax(1) == y for at in (x, x, x_adv)]).cpu()
-    frames = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.6, 0.0]])[right.long(), :, None, None]
-    frames = frames.repeat(1, 1, 36, 36)  # red or green
+    red_green = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.6, 0.0]])
+    frames = red_green[right.long(), :, None, None].repeat(1, 1, 36, 36)
     frames[:, :, 2:-2, 2:-2] = torch.cat([x, 0.5 + 16 * (x_adv - x), x_adv]).clamp(0, 1).cpu()
     grid = make_grid(F.interpolate(frames, scale_factor=3), len(x))
     buffer = io.BytesIO()
@@ -267,14 +254,14 @@ def pictures(args, network, data):
 
 
 # ---- Attack, judging and going on, word for word as in chapter 2 ---------------------------------
-def pgd(network, x, loss, start, eps, step_size, steps):
+def pgd(network, x, loss, noise, eps, step_size, steps):
     """Projected gradient ascent (Madry et al., 2018), the inner maximisation of equation 1: signed
-    steps up loss(network(x')) from x + start, within |x' - x| <= eps and 0 <= x' <= 1."""
-    x_adv = (x + start).clamp(0, 1)
+    steps up loss(network(x')) from x + noise, within |x' - x| <= eps and 0 <= x' <= 1."""
+    x_adv = (x + noise).clamp(0, 1)
     for _ in range(steps):
         x_adv.requires_grad_()
-        with torch.enable_grad():  # judge() switches it off; of x alone, so not of the weights
-            (gradient,) = torch.autograd.grad(loss(network(x_adv)), x_adv)
+        with torch.enable_grad():  # which judge() switches off
+            (gradient,) = torch.autograd.grad(loss(network(x_adv)), x_adv)  # none of the weights'
         x_adv = x_adv.detach() + step_size * gradient.sign()
         x_adv = (x + (x_adv - x).clamp(-eps, eps)).clamp(0, 1)
     return x_adv
@@ -288,28 +275,71 @@ def calibrated(network, images, batch=250):
     for i, x in enumerate(images.split(batch)):
         network.averaging = len(x) / (i * batch + len(x))  # a plain average
         network(x / 255)
-    return network.frozen()
+    return network.fold_norms()
 
 
 @torch.no_grad()
 def judge(network, images, labels, eps, step_size, steps, batch=100):
     """(natural, robust), bool (N,): which uint8 images are right, and which still are after PGD. It
-    climbs the cross-entropy, as all papers report it: here a wrong class counts, in training any
-    other answer. It starts at one place of the ball for all: no answer depends on the batch. FGSM,
-    which is PGD of one step, starts at the image."""
-    noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    start = (2 * noise.to(images.device) - 1) * (eps if steps > 1 else 0)
+    climbs the cross-entropy, as all papers report it: judging asks for a wrong class, training for
+    any change of the answer. It starts at one place of the ball for all images: no answer depends
+    on the batch. FGSM, which is PGD of one step, starts at the image."""
+    noise = 2 * torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
+    noise = noise.to(images.device) * (eps if steps > 1 else 0)
     natural = torch.cat([network(x / 255).argmax(1) for x in images.split(batch)]) == labels
-    robust = torch.zeros_like(natural)
-    for pick in natural.nonzero()[:, 0].split(batch):
-        if len(pick) == 0:  # none is right; nothing splits into one empty piece
-            break
+    right, robust = natural.nonzero()[:, 0], torch.zeros_like(natural)
+    for i in range(0, len(right), batch):
+        pick = right[i : i + batch]
         if images.is_cuda:  # filled up: cuDNN meets one shape, and builds its kernels once
             pick = pick.repeat(batch // len(pick) + 1)[:batch]
         x, y = images[pick] / 255, labels[pick]
-        x_adv = pgd(network, x, lambda z: F.cross_entropy(z, y), start, eps, step_size, steps)
+        x_adv = pgd(network, x, lambda z: F.cross_entropy(z, y), noise, eps, step_size, steps)
         robust[pick] = network(x_adv).argmax(1) == y
     return natural, robust
+
+
+def pick_device(args):
+    """(the device, autocast to bf16 where a GPU has it, words for both); exits if it is none."""
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # of many kinds
+        fail(f"--device {name}: {str(error).splitlines()[0]}")
+    bf16 = torch.cuda.is_initialized() and torch.cuda.is_bf16_supported(including_emulation=False)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is what is said; bf16 is not touched
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    return device, precision, f"{device} in {'bf16' if bf16 else 'float32'}"
+
+
+def moved(content, device, learn=False):
+    """A copy with all tensors on the device, where they get gradients if they are to learn."""
+    return {
+        name: part.detach().to(device, copy=True).requires_grad_(learn)
+        if torch.is_tensor(part)
+        else part
+        for name, part in content.items()
+    }
+
+
+def run_missing(args, *files):
+    """Run each earlier chapter whose file is missing; if stopped, it stops the one that runs."""
+    for name, script in zip(files, CHAPTERS):
+        if not (args.out / name).exists():
+            print(f"{args.out / name} is missing: running {script}\n")
+            command = [sys.executable, Path(__file__).resolve().with_name(script), *args.given]
+            command += [f"--sampling={args.sampling}"] if script > "03" else []
+            if subprocess.run(command).returncode:
+                raise SystemExit(2)  # it has said why
+
+
+def load_images(args, net, device):
+    """{train, held_out, test}: uint8 (N, 3, 32, 32), {...}_labels: (N,), the classes' names, and
+    calibration, training images for batch norms' statistics."""
+    images = load(args.out / "01_images.pt", args.common)
+    if images["mark"] != net["settings"]["data"]:
+        fail("01_images.pt and 01_dynamic_net.pt are of different images: --restart chapter 1")
+    return moved(images, device)
 
 
 def counted(name, begin, end, rounds=1):
@@ -322,15 +352,6 @@ def counted(name, begin, end, rounds=1):
             left = (said - begun) / (i - begin) * (rounds * end - i) / 60
             print(f"  {name} {i}/{end}, {left:.1f} minutes left")
         yield i
-
-
-def load_images(args, net, device):
-    """{train, held_out, test}: uint8 (N, 3, 32, 32), {...}_labels: (N,), the classes' names, and
-    calibration, training images for batch norms' statistics."""
-    images = load(args.out / "01_images.pt", args.common)
-    if images["mark"] != net["settings"]["data"]:
-        fail("01_images.pt and 01_dynamic_net.pt are of different images: --restart chapter 1")
-    return moved(images, device)
 
 
 # ---- The network, word for word as in chapter 1 --------------------------------------------------
@@ -351,8 +372,9 @@ class Slices:
                     centre = weight[:, :, 1:-1, 1:-1].reshape(out, side * side)
                     weight = (centre @ self.shared[f"{name}_to{side}"]).view(out, 1, side, side)
                 self.slices[name] = weight.contiguous(memory_format=torch.channels_last)
-        bias, groups = self.vector(f"{name}_bias", out) if bias else None, out if depthwise else 1
-        return F.conv2d(x, self.slices[name], bias, stride, kernel // 2, groups=groups)
+        shift = self.vector(f"{name}_bias", out) if bias else None
+        groups = out if depthwise else 1
+        return F.conv2d(x, self.slices[name], shift, stride, kernel // 2, groups=groups)
 
     def vector(self, name, size):
         if name not in self.slices:
@@ -375,7 +397,8 @@ def canonical(net, student):
 
 
 def student_at(net, place):
-    """The student that takes this choice of every gene: -1 the largest, 0 the smallest."""
+    """The student that takes this choice of every gene: 0 the smallest, 1 the second, -1 the
+    largest."""
     return canonical(net, [choices[place] for choices in net["genes"].values()])
 
 
@@ -391,13 +414,14 @@ def sample(net, rng, varies=None, base=()):
 class Network(Slices):
     """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its weights are
     slices as they were in the first call: after an SGD step, make a new one. Batch norm has the
-    batch's statistics, as in training; frozen() has those of the last call."""
+    batch's statistics, as in training, and keeps them in `stats`."""
 
     def __init__(self, net, shared, student):
         super().__init__(shared)
         self.net, self.choice = net, dict(zip(net["genes"], student))
         self.stats = {}  # {layer: (mean, variance) of its output's channels}
-        self.averaging, self.fixed = 1.0, False  # the next batch's weight in stats; are they fixed
+        self.averaging = 1.0  # the next batch's weight in them: 1 keeps that of the last one alone
+        self.folded = False  # whether batch norm has become part of the convolutions
 
     def __call__(self, x):
         x = x.contiguous(memory_format=torch.channels_last)  # a fifth faster than channels first
@@ -448,11 +472,11 @@ class Network(Slices):
         return F.hardswish(self.conv("head_2", x.mean((2, 3), keepdim=True), net["head"][1]))
 
     @torch.no_grad()
-    def frozen(self):
-        """The student with the statistics that it has now, for the attack and to be judged. Batch
-        norm is a scale and a shift then, which go into the convolution's weights and bias."""
+    def fold_norms(self):
+        """A student whose batch norms have the statistics that are now in `stats`, for the attack
+        and to be judged: a scale and a shift, which become part of each convolution."""
         student = copy.copy(self)
-        student.slices, student.fixed = {**self.slices}, True
+        student.slices, student.folded = {**self.slices}, True
         for name, (mean, variance) in self.stats.items():
             scale, shift = (student.slices.pop(f"{name}_{part}") for part in ("scale", "shift"))
             factor = scale / (variance + 1e-5).sqrt()
@@ -461,13 +485,14 @@ class Network(Slices):
         return student
 
     def conv_bn(self, name, x, out, *sizes, **options):
-        x = self.conv(name, x, out, *sizes, **options, bias=self.fixed)
-        if self.fixed:
+        x = self.conv(name, x, out, *sizes, **options, bias=self.folded)
+        if self.folded:
             return x
         scale, shift = (self.vector(f"{name}_{part}", out) for part in ("scale", "shift"))
         if name not in self.stats:
-            self.stats[name] = scale.new_zeros(2, out)  # updated in place
-        return F.batch_norm(x, *self.stats[name], scale, shift, True, self.averaging)
+            self.stats[name] = scale.new_zeros(2, out)
+        mean, variance = self.stats[name]  # which batch_norm updates in place
+        return F.batch_norm(x, mean, variance, scale, shift, True, momentum=self.averaging)
 
 
 # ---- Files and flags, the same in every chapter --------------------------------------------------
@@ -495,20 +520,19 @@ def write_csv(path, rows):
 
 
 def save(path, settings, sources, **content):
-    """Write what load() reads. It remembers its sources, which load() gave, by their checksums. A
-    file that another run has written, with other settings, is not overwritten."""
+    """Write what load() reads; its checksum. It remembers those of its sources, which load() gave.
+    A file that another run has written, with other settings, is not overwritten."""
     settings, made_from = {**settings, "file": path.name}, {}
     if path.exists():
         there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if there["settings"] != settings:
-            fail(
-                f"{path} is another run's by now, with other settings: give each one its own --out"
-            )
+            fail(f"{path} is another run's by now, of other settings: give each one its own --out")
     for source in sources:
         made_from |= source["made_from"] | {source["settings"]["file"]: source["mark"]}
     buffer = io.BytesIO()
     torch.save({"settings": settings, "made_from": made_from, **content}, buffer)
     write(path, buffer.getvalue())
+    return checksum(buffer.getvalue())
 
 
 def load(path, settings):
@@ -525,32 +549,20 @@ def load(path, settings):
     if made_with["file"] != path.name:
         fail(f"{path} is a copy of a {made_with['file']}, which is not read by this name")
     for name, value in {**settings, "file": path.name}.items():
-        if made_with.get(name) != value:
-            old = made_with.get(name)  # a folder of images that has moved goes on by its old name
+        old = made_with.get(name)
+        if old != value:  # a folder of images that has moved goes on by its old name
             way = shlex.join([f"--{name}={old}"]) if name in COMMON else "--restart"
             fail(f"{path}: {name} was {old}, not {value}: {way} or other --out")
     for name, mark in made_from.items():
         source = path.with_name(name)
         if source.exists() and checksum(source.read_bytes()) != mark:
-            chapter = CHAPTERS[int(path.name[:2]) - 1]
-            fail(
-                f"{path} is stale: {name} is another one by now: {chapter} --restart makes it anew"
-            )
+            mend = f"{CHAPTERS[int(path.name[:2]) - 1]} --restart makes it anew"
+            fail(f"{path} is stale: {name} is another one by now: {mend}")
     return {**loaded, "mark": checksum(content)}
 
 
 def checksum(content):
     return hashlib.sha256(content).hexdigest()[:12]
-
-
-def moved(content, device, learn=False):
-    """A copy with all tensors on the device, where they get gradients if they are to learn."""
-    return {
-        name: part.detach().to(device, copy=True).requires_grad_(learn)
-        if torch.is_tensor(part)
-        else part
-        for name, part in content.items()
-    }
 
 
 CHAPTERS = [
@@ -587,7 +599,7 @@ def read_flags(**others):
     )
     parser.error = fail
     for flag, options in {**COMMON, **others}.items():
-        parser.add_argument("--" + flag.replace("_", "-"), **options)
+        parser.add_argument(f"--{flag.replace('_', '-')}", **options)
     args = parser.parse_args()
     args.given = [
         f"--{flag}={value}"
@@ -595,13 +607,15 @@ def read_flags(**others):
         if flag in COMMON and value != parser.get_default(flag)
     ]
     usual = "tiny" if args.dataset == "toy" else "paper"
-    preset = args.preset or usual
+    preset, args.settings = args.preset or usual, {}
     for flag, (*values, least, most, text) in FLAGS.items():
-        if getattr(args, flag) is None:
-            setattr(args, flag, values[PRESETS.index(preset)])
-        if not least <= getattr(args, flag) <= most:
-            fail(f"{flag} is {getattr(args, flag)}, not {least} to {most}: {text}")
-    args.settings = {flag: getattr(args, flag) for flag in FLAGS}
+        value = getattr(args, flag)
+        if value is None:
+            value = values[PRESETS.index(preset)]
+        if not least <= value <= most:
+            fail(f"{flag} is {value}, not {least} to {most}: {text}")
+        args.settings[flag] = value
+    vars(args).update(args.settings)
     if not 0 <= args.seed < 2**31:
         fail(f"--seed is {args.seed}, not 0 to {2**31 - 1}")
     folder, built_in = Path(args.dataset).resolve(), args.dataset in ("cifar10", "cifar100", "toy")
@@ -609,34 +623,10 @@ def read_flags(**others):
         fail(f"--dataset {args.dataset}: write ./{args.dataset}, or rename the folder of this name")
     dataset = args.dataset if built_in else str(folder)  # two folders may have one last name
     args.common = {"dataset": dataset, "net": args.net, "preset": preset, "seed": args.seed}
-    unusual = [preset] * (preset != usual) + [f"seed{args.seed}"] * (args.seed > 0)
-    args.out = args.out or Path("runs", "-".join([folder.name, args.net, *unusual]))
+    words = [folder.name, args.net] + [preset] * (preset != usual)
+    words += [f"seed{args.seed}"] * (args.seed > 0)
+    args.out = args.out or Path("runs", "-".join(words))
     return args
-
-
-def pick_device(args):
-    """(the device, autocast to bf16 where a GPU has it, words for both); exits if it is none."""
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except Exception as error:  # of many kinds
-        fail(f"--device {name}: {str(error).splitlines()[0]}")
-    bf16 = torch.cuda.is_initialized() and torch.cuda.is_bf16_supported(including_emulation=False)
-    torch.backends.cudnn.allow_tf32 = False  # float32 is what is said; bf16 is not touched
-    precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    return device, precision, f"{device} in {'bf16' if bf16 else 'float32'}"
-
-
-def run_missing(args, *files):
-    """Run each earlier chapter whose file is missing; if stopped, it stops the one that runs."""
-    for name, script in zip(files, CHAPTERS):
-        if not (args.out / name).exists():
-            print(f"{args.out / name} is missing: running {script}\n")
-            command = [sys.executable, Path(__file__).resolve().with_name(script), *args.given]
-            command += [f"--sampling={args.sampling}"] if script > "03" else []
-            if subprocess.run(command).returncode:
-                raise SystemExit(2)  # it has said why
 
 
 def finish(args, rows, wrote, following=""):

@@ -65,7 +65,7 @@ def main():
     predictor = load(args.out / fitted, net["settings"])
     least, most = (cost(net, student_at(net, place))[1] / 1e6 for place in (0, -1))
     budgets = args.max_macs or [2000.0 if most > 2000 else round((least + most) / 2, 1)]
-    if not all(least <= budget <= 1000 * most for budget in budgets):
+    if not all(least <= budget <= 1000 * most for budget in budgets):  # above: not in millions
         fail(f"--max-macs is in millions, from {math.ceil(100 * least) / 100} (the smallest) on")
     settings = {**net["settings"], **args.settings, "max_macs": budgets}
     if args.restart or not done.exists():
@@ -74,7 +74,7 @@ def main():
         save(done, settings, [predictor], students=students, searched=trained)
     found = load(done, settings)
     made_from = f"{found['made_from'][trained]} {found['mark']}"
-    if table(args, "table1", made_from=made_from):
+    if read_csv(args, "table1", made_from=made_from):  # judged, with these weights and this search
         return finish(args, [], [f"{done} earlier (--restart makes it anew)"])
     command = [sys.executable, Path(__file__).resolve().with_name(CHAPTERS[1]), *args.given]
     if subprocess.run([*command, "--judge", f"--eps={predictor['settings']['eps']}"]).returncode:
@@ -108,7 +108,9 @@ def search(args, net, predictor, budgets, end):
         tables["front"] += [rows[i] for i in front]
         more = {"eps": predictor["settings"]["eps"], "seconds": time.monotonic() - begun}
         tables["best"].append({"student": name, **rows[pick], **more})
-    for row in table(args, f"05_best{end}"):  # what an earlier search chose is not chosen any more
+    for row in read_csv(
+        args, f"05_best{end}"
+    ):  # what an earlier search chose is not chosen any more
         old = Path(row["student"].replace("best", "student")).name
         (args.out / f"{old}.pt2").unlink(missing_ok=True)
     for name, rows in tables.items():
@@ -134,12 +136,12 @@ def nsga2(net, evaluate, population, generations, mutation, seed):
     rng = random.Random(f"{seed} search")  # not the students that the predictor has learned from
 
     def fill(students, draw):  # up to `population` more, all different
-        students = dict.fromkeys(students)
-        known = len(students)
+        together = dict.fromkeys(students)  # as a set, but in order
         for _ in range(20 * population):
-            if len(students) < known + population:
-                students[draw()] = None
-        return list(students)[known:]
+            if len(together) == len(students) + population:
+                break
+            together[draw()] = None
+        return list(together)[len(students) :]
 
     def child(parents):  # they are sorted, best first: of two random places the lower one wins
         mother, father = (parents[min(rng.choices(range(len(parents)), k=2))] for _ in range(2))
@@ -210,57 +212,66 @@ def breed(net, mother, father, mutation, rng):
     return canonical(net, child)
 
 
+def read_csv(args, name, **wanted):
+    """The rows of a table in the folder whose columns are as wanted; none if there is no table."""
+    path = args.out / f"{name}.csv"
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    return [row for row in csv.DictReader(lines) if wanted.items() <= row.items()]
+
+
 # ---- What a student costs ------------------------------------------------------------------------
 def cost(net, student):
-    """(parameters, MACs of one 3x32x32 image) of a student, layer by layer."""
+    """(parameters, MACs of one 3x32x32 image) of a student, layer by layer; by formula, since a
+    search asks for thousands. What chapter 1 counted, and a test holds them equal."""
     choice, side = dict(zip(net["genes"], student)), 32 // net["stem_stride"]
     params = macs = 0
 
-    def layer(inputs, out, kernel=1, side=1, norm=True, bias=False):
-        """`inputs`: channels that an output reads, 1 if depthwise; `side` of the output's map."""
+    def layer(inputs, out, kernel=1, pooled=False, bias=False):
+        """`inputs`: channels that an output reads, 1 if depthwise. On a map of side x side, with
+        batch norm; pooled: on one pixel, without."""
         nonlocal params, macs
-        params += inputs * out * kernel**2 + (2 * norm + bias) * out
-        macs += inputs * out * (kernel * side) ** 2
+        params += inputs * out * kernel**2 + (bias if pooled else 2) * out
+        macs += inputs * out * kernel**2 * (1 if pooled else side**2)
 
     if "kernel" in net:
         x = net["stem"]
-        layer(3, x, kernel=3, side=side)
-        layer(1, x, kernel=3, side=side)
-        layer(x, x, side=side)
+        layer(3, x, kernel=3)
+        layer(1, x, kernel=3)
+        layer(x, x)
         for i, (out, stride, _, gated) in enumerate(net["stages"], 1):
             for j in range(1, choice[f"depth_{i}"] + 1):
                 middle = divisible(round(x * choice[f"expand_{i}_{j}"]))
-                layer(x, middle, side=side)
+                layer(x, middle)
                 side //= stride if j == 1 else 1
-                layer(1, middle, kernel=choice[f"kernel_{i}_{j}"], side=side)
+                layer(1, middle, kernel=choice[f"kernel_{i}_{j}"])
                 if gated:
                     squeezed = divisible(middle // 4)
-                    layer(middle, squeezed, norm=False, bias=True)
-                    layer(squeezed, middle, norm=False, bias=True)
-                layer(middle, out, side=side)
+                    layer(middle, squeezed, pooled=True, bias=True)
+                    layer(squeezed, middle, pooled=True, bias=True)
+                layer(middle, out)
                 x = out
-        layer(x, net["head"][0], side=side)
-        layer(*net["head"], norm=False)
+        layer(x, net["head"][0])
+        layer(*net["head"], pooled=True)
         x = net["head"][1]
     else:
         mid = divisible(divisible(net["stem"] * choice["width_mid"]) // 2)
         x = divisible(net["stem"] * choice["width_stem"])
-        layer(3, mid, kernel=3, side=side)
+        layer(3, mid, kernel=3)
         if choice["depth_stem"] > 0:
-            layer(mid, mid, kernel=3, side=side)
-        layer(mid, x, kernel=3, side=side)
+            layer(mid, mid, kernel=3)
+        layer(mid, x, kernel=3)
         for i, (channels, blocks, stride) in enumerate(net["stages"], 1):
             out = divisible(channels * choice[f"width_{i}"])
             for j in range(1, blocks + choice[f"depth_{i}"] + 1):
                 middle = divisible(round(out * choice[f"expand_{i}_{j}"]))
-                layer(x, middle, side=side)
+                layer(x, middle)
                 side //= stride if j == 1 else 1
-                layer(middle, middle, kernel=3, side=side)
-                layer(middle, out, side=side)
-                if j == 1:  # the shortcut
-                    layer(x, out, side=side)
+                layer(middle, middle, kernel=3)
+                layer(middle, out)
+                if j == 1:
+                    layer(x, out)  # the shortcut
                 x = out
-    layer(x, net["classes"], norm=False, bias=True)  # the classifier
+    layer(x, net["classes"], pooled=True, bias=True)  # the classifier
     return params, macs
 
 
@@ -304,7 +315,8 @@ def canonical(net, student):
 
 
 def student_at(net, place):
-    """The student that takes this choice of every gene: -1 the largest, 0 the smallest."""
+    """The student that takes this choice of every gene: 0 the smallest, 1 the second, -1 the
+    largest."""
     return canonical(net, [choices[place] for choices in net["genes"].values()])
 
 
@@ -317,7 +329,18 @@ def sample(net, rng, varies=None, base=()):
     return canonical(net, student)
 
 
-# ---- Stale files, word for word as in chapter 2 --------------------------------------------------
+# ---- Other chapters and their files, word for word as in chapter 2 -------------------------------
+def run_missing(args, *files):
+    """Run each earlier chapter whose file is missing; if stopped, it stops the one that runs."""
+    for name, script in zip(files, CHAPTERS):
+        if not (args.out / name).exists():
+            print(f"{args.out / name} is missing: running {script}\n")
+            command = [sys.executable, Path(__file__).resolve().with_name(script), *args.given]
+            command += [f"--sampling={args.sampling}"] if script > "03" else []
+            if subprocess.run(command).returncode:
+                raise SystemExit(2)  # it has said why
+
+
 def usable(path, settings):
     """What load() gives; nothing of a file that is not there, nor, with a line that says why, of
     one that is stale or not ours."""
@@ -352,20 +375,19 @@ def write_csv(path, rows):
 
 
 def save(path, settings, sources, **content):
-    """Write what load() reads. It remembers its sources, which load() gave, by their checksums. A
-    file that another run has written, with other settings, is not overwritten."""
+    """Write what load() reads; its checksum. It remembers those of its sources, which load() gave.
+    A file that another run has written, with other settings, is not overwritten."""
     settings, made_from = {**settings, "file": path.name}, {}
     if path.exists():
         there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if there["settings"] != settings:
-            fail(
-                f"{path} is another run's by now, with other settings: give each one its own --out"
-            )
+            fail(f"{path} is another run's by now, of other settings: give each one its own --out")
     for source in sources:
         made_from |= source["made_from"] | {source["settings"]["file"]: source["mark"]}
     buffer = io.BytesIO()
     torch.save({"settings": settings, "made_from": made_from, **content}, buffer)
     write(path, buffer.getvalue())
+    return checksum(buffer.getvalue())
 
 
 def load(path, settings):
@@ -382,17 +404,15 @@ def load(path, settings):
     if made_with["file"] != path.name:
         fail(f"{path} is a copy of a {made_with['file']}, which is not read by this name")
     for name, value in {**settings, "file": path.name}.items():
-        if made_with.get(name) != value:
-            old = made_with.get(name)  # a folder of images that has moved goes on by its old name
+        old = made_with.get(name)
+        if old != value:  # a folder of images that has moved goes on by its old name
             way = shlex.join([f"--{name}={old}"]) if name in COMMON else "--restart"
             fail(f"{path}: {name} was {old}, not {value}: {way} or other --out")
     for name, mark in made_from.items():
         source = path.with_name(name)
         if source.exists() and checksum(source.read_bytes()) != mark:
-            chapter = CHAPTERS[int(path.name[:2]) - 1]
-            fail(
-                f"{path} is stale: {name} is another one by now: {chapter} --restart makes it anew"
-            )
+            mend = f"{CHAPTERS[int(path.name[:2]) - 1]} --restart makes it anew"
+            fail(f"{path} is stale: {name} is another one by now: {mend}")
     return {**loaded, "mark": checksum(content)}
 
 
@@ -434,7 +454,7 @@ def read_flags(**others):
     )
     parser.error = fail
     for flag, options in {**COMMON, **others}.items():
-        parser.add_argument("--" + flag.replace("_", "-"), **options)
+        parser.add_argument(f"--{flag.replace('_', '-')}", **options)
     args = parser.parse_args()
     args.given = [
         f"--{flag}={value}"
@@ -442,13 +462,15 @@ def read_flags(**others):
         if flag in COMMON and value != parser.get_default(flag)
     ]
     usual = "tiny" if args.dataset == "toy" else "paper"
-    preset = args.preset or usual
+    preset, args.settings = args.preset or usual, {}
     for flag, (*values, least, most, text) in FLAGS.items():
-        if getattr(args, flag) is None:
-            setattr(args, flag, values[PRESETS.index(preset)])
-        if not least <= getattr(args, flag) <= most:
-            fail(f"{flag} is {getattr(args, flag)}, not {least} to {most}: {text}")
-    args.settings = {flag: getattr(args, flag) for flag in FLAGS}
+        value = getattr(args, flag)
+        if value is None:
+            value = values[PRESETS.index(preset)]
+        if not least <= value <= most:
+            fail(f"{flag} is {value}, not {least} to {most}: {text}")
+        args.settings[flag] = value
+    vars(args).update(args.settings)
     if not 0 <= args.seed < 2**31:
         fail(f"--seed is {args.seed}, not 0 to {2**31 - 1}")
     folder, built_in = Path(args.dataset).resolve(), args.dataset in ("cifar10", "cifar100", "toy")
@@ -456,20 +478,10 @@ def read_flags(**others):
         fail(f"--dataset {args.dataset}: write ./{args.dataset}, or rename the folder of this name")
     dataset = args.dataset if built_in else str(folder)  # two folders may have one last name
     args.common = {"dataset": dataset, "net": args.net, "preset": preset, "seed": args.seed}
-    unusual = [preset] * (preset != usual) + [f"seed{args.seed}"] * (args.seed > 0)
-    args.out = args.out or Path("runs", "-".join([folder.name, args.net, *unusual]))
+    words = [folder.name, args.net] + [preset] * (preset != usual)
+    words += [f"seed{args.seed}"] * (args.seed > 0)
+    args.out = args.out or Path("runs", "-".join(words))
     return args
-
-
-def run_missing(args, *files):
-    """Run each earlier chapter whose file is missing; if stopped, it stops the one that runs."""
-    for name, script in zip(files, CHAPTERS):
-        if not (args.out / name).exists():
-            print(f"{args.out / name} is missing: running {script}\n")
-            command = [sys.executable, Path(__file__).resolve().with_name(script), *args.given]
-            command += [f"--sampling={args.sampling}"] if script > "03" else []
-            if subprocess.run(command).returncode:
-                raise SystemExit(2)  # it has said why
 
 
 def finish(args, rows, wrote, following=""):
@@ -521,59 +533,46 @@ def figures(args):
         files.extend(plot(args.out / f"{name}.svg", *panels))
 
     for path in sorted(args.out.glob("0[23]_*_log.csv")):  # training curves
-        rows = table(args, path.stem) or [{}]
-        losses = [name for name in rows[0] if "loss" in name or "entropy" in name or "kl" in name]
-        others = [name for name in rows[0] if name not in ("epoch", "lr", "seconds", *losses)]
-        draw(
-            path.stem,
-            *(
-                (path.stem, "epoch", label, {name: points(rows, "epoch", name) for name in names})
-                for names, label in (
-                    (losses, "loss in nats"),
-                    (others, "accuracy on held-out images in %"),
-                )
-            ),
-        )
+        rows, losses, others = read_csv(args, path.stem), {}, {}
+        for name in rows[0] if rows else []:
+            if "loss" in name or "entropy" in name or "kl" in name:
+                losses[name] = points(rows, "epoch", name)
+            elif name not in ("epoch", "lr", "seconds"):
+                others[name] = points(rows, "epoch", name)
+        label = "accuracy on held-out images in %"
+        left, right = ("epoch", "loss in nats", losses), ("epoch", label, others)
+        draw(path.stem, (path.stem, *left), (path.stem, *right))
     clouds, lines = {}, {}  # figures 2 and 7, many students; figure 6, three that differ in width
     for sampling, end in {"progressive": "", "random": "_random"}.items():
         if not usable(args.out / f"04_students{end}.pt", args.common):
             continue
-        clouds[sampling] = points(table(args, f"04_students{end}"), "natural", "robust", "dots")
-        teacher = table(args, f"04_widths{end}", student="teacher")
-        clouds[f"teacher{end}"] = points(teacher, "natural", "robust", "rings")
-        narrow = [row for row in table(args, f"04_widths{end}") if row not in teacher]
+        rows = read_csv(args, f"04_students{end}")
+        clouds[sampling] = points(rows, "natural", "robust", "dots")
+        teacher, *narrow = read_csv(args, f"04_widths{end}") or [{}]
+        clouds["teacher"] = points([teacher], "natural", "robust", "rings")
         lines |= {f"{sampling}, {kind}": points(narrow, "student", kind) for kind in accuracy}
-        rows = table(args, f"04_predictions{end}")  # figure 9
-        draw(
-            f"04_predictions{end}",
-            *(
-                (
-                    sampling,
-                    f"measured {label}",
-                    "predicted",
-                    {
-                        "students": points(rows, kind, f"predicted_{kind}", "dots"),
-                        "as measured": points(rows, kind, kind),
-                    },
-                )
-                for kind, label in accuracy.items()
-            ),
-        )
+        rows, panels = read_csv(args, f"04_predictions{end}"), []  # figure 9
+        for kind, label in accuracy.items():
+            series = {"students": points(rows, kind, f"predicted_{kind}", "dots")}
+            series["as measured"] = points(rows, kind, kind)
+            panels.append((sampling, f"measured {label}", "predicted", series))
+        draw(f"04_predictions{end}", *panels)
         panels, axes = [], ("predicted_natural", "predicted_robust")  # figure 10
         search = usable(args.out / f"05_search{end}.pt", args.common)
-        for best in table(args, f"05_best{end}") if search else []:
-            budget, series = {"max_macs": best.get("max_macs")}, {}
-            for name in ("first", "last"):
-                rows = table(args, f"05_population{end}", generation=name, **budget)
+        for best in read_csv(args, f"05_best{end}") if search else []:
+            budget, series = {"max_macs": best["max_macs"]}, {}
+            for name in ("first", "last"):  # who is within the budget
+                rows = read_csv(args, f"05_population{end}", generation=name, **budget)
+                rows = [row for row in rows if float(row["macs"]) <= 1e6 * float(row["max_macs"])]
                 series[f"{name} generation"] = points(rows, *axes, "dots")
-            series["front"] = points(table(args, f"05_front{end}", **budget), *axes)
+            series["front"] = points(read_csv(args, f"05_front{end}", **budget), *axes)
             series["chosen, predicted"] = points([best], *axes, "rings")
             made_from = f"{search['made_from'][f'03_{sampling}.pt']} {search['mark']}"
-            for row in table(args, "table1", student=best.get("student"), made_from=made_from):
+            for row in read_csv(args, "table1", student=best["student"], made_from=made_from):
                 label = f"chosen, on test images, eps {row['eps']}/255"
                 series[label] = points([row], "natural", "pgd20", "rings")
-                if row["eps"] != best.get("eps"):
-                    print(f"table 1: eps {row['eps']}/255, the predictor: {best.get('eps')}/255")
+                if row["eps"] != best["eps"]:
+                    print(f"table 1: eps {row['eps']}/255, the predictor: {best['eps']}/255")
             panels.append((f"{budget['max_macs']} million MACs", NATURAL, ROBUST, series))
         draw(f"05_population{end}", *panels)
     draw("04_students", (title, NATURAL, ROBUST, clouds))
@@ -589,9 +588,10 @@ def costs(args):
     students, and a search for each; both need the same teacher first."""
 
     def seconds(name):
-        return [float(row["seconds"]) for row in table(args, name)]
+        return [float(row["seconds"]) for row in read_csv(args, name)]
 
-    alone = [sum(seconds(f"{path.stem}_log")) for path in args.out.glob("03_fixed_*.pt")]
+    logs = args.out.glob("03_fixed_*_by_teacher_log.csv")
+    alone = [sum(seconds(path.stem)) for path in logs]
     if not alone or not seconds("05_best"):
         return []
     each, search = sum(alone) / len(alone), max(seconds("05_best"))
@@ -666,22 +666,12 @@ def plot(path, *panels):
     return [path]
 
 
-def table(args, name, **wanted):
-    """The rows of a table in the folder whose columns are as wanted; none if there is no table."""
-    path = args.out / f"{name}.csv"
-    text = io.StringIO(path.read_text("utf-8") if path.exists() else "")
-    return [row for row in csv.DictReader(text) if wanted.items() <= row.items()]
-
-
 def points(rows, x, y, style="line"):
-    """(style, xs, ys) for plot(), accuracies in %, of the rows that hold two numbers below 1e9 and
-    are within their budget."""
+    """(style, xs, ys) for plot(), accuracies in %, of the rows that hold two numbers below 1e9."""
 
     def value(row, name):
         share = name.startswith(("natural", "robust", "predicted", "pgd")) and "kl" not in name
         try:
-            if float(row.get("macs", 0)) / 1e6 > float(row.get("max_macs", "inf")):
-                return math.nan
             return float(row[name]) * (100 if share else 1)
         except (KeyError, TypeError, ValueError):
             return math.nan

@@ -443,8 +443,8 @@ def recorded(root, number, *words):
         record(start=start, x_adv=x_adv, attack=attack, attacked=(network(x), network(x[:9])))
         return x_adv
 
-    def kl(logits, target):
-        value = real["kl"](logits, target)
+    def kl(target, logits):
+        value = real["kl"](target, logits)
         if steps and "kl" not in steps[-1]:  # an iteration's first: chapter 3's of natural images
             record(kl=value.item())
         return value
@@ -695,7 +695,9 @@ def test_baselines_make_table_1_and_the_costs(folder):
     run(folder, 2, "--epochs", 1, "--student", "usual")
     run(folder, 3, *fixed, "usual")
     (out / "02_usual.pt2").rename(out / "a, b.pt2")
-    run(folder, 3, *fixed, "best_2.3M", "--teacher", "run/a, b.pt2")
+    (out / "02_teacher.pt").rename(folder / "ours")
+    run(folder, 3, *fixed, "best_2.3M", "--teacher", "run/a, b.pt2")  # needs no teacher of ours
+    (folder / "ours").rename(out / "02_teacher.pt")
     run(folder, 2, "--judge", "--eps", 4)
     rows = {row["file"]: row for row in rows_of(out / "table1.csv")}
     net, search, alone = read(out, "01_dynamic_net", "05_search", "03_fixed_usual_by_teacher")
@@ -897,7 +899,7 @@ SPOIL = [
     garble,
     lambda path: torch.save({"settings": Code()}, path),
     lambda path: shutil.copy(path.with_name("01_students.csv"), path),  # foreign
-    lambda path: shutil.copy(path.with_name("04_predictor.pt"), path),  # another one of ours
+    lambda path: shutil.copy(min({*path.parent.glob("*.pt")} - {path}), path),  # another of ours
 ]
 READS = """
 1 01_dynamic_net.pt
@@ -955,7 +957,7 @@ BAD_FLAGS = """
 def test_bad_flags(folder, line):
     before, (words, says) = contents(folder / "run"), line.split(": ", 1)
     assert says in run(folder, *map(int, words[0]), *words[1:].split(), code=2)
-    assert before == contents(folder / "run")
+    assert before == contents(folder / "run") or "finite" in says  # that run had begun
 
 
 @pytest.mark.parametrize(
@@ -1069,7 +1071,9 @@ def test_chapters_share_only_equal_text_and_their_headings_say_which():
                 known = re.search(r"as in chapter (\d)", heading)
                 if known:
                     assert int(known[1]) in where[own], f"{own} in {name} is new"
-                elif "the same in every chapter" not in heading:
+                elif "the same in every chapter" in heading:
+                    assert number == 1 or 1 in where[own], f"{own} in {name} is new"
+                else:
                     assert own not in where, f"{own} in {name} is known"
                 where.setdefault(own, []).append(number)
     assert len(seen) > 50

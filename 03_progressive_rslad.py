@@ -195,6 +195,8 @@ def sort_channels(net, shared):
             # reduce -> middle (-> squeeze -> excite) -> last: one order throughout, for a depthwise
             # layer keeps channels apart
             reorder(shared, block, ["reduce", "middle", "excite"], ["last", "squeeze"])
+            if f"{block}_excite" in shared:
+                reorder(shared, block, ["squeeze"], ["excite"])
         else:
             # reduce -> middle -> last: an order of the channels on each side of middle
             reorder(shared, block, ["middle"], ["last"])

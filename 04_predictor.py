@@ -192,10 +192,10 @@ def compare(measured, half, predicted):
 
     tau: a search needs the order alone; Kendall's tau-b is the share of pairs in the right order
     less that of pairs in the wrong one.
-    moves by: how far labels on two sets of so many images differ. Each half of n images gives a
-    label of twice the variance, and halves share no image: Var(second - first) = 4 s^2 / n, twice
-    that of label1 - label2. No predictor's RMSE can be below 1 / sqrt(2) of it, but for the part
-    that moves all students alike, since they share their images.
+    moves by: how far two labels of a student differ, on two sets of so many images, less what moves
+    all students alike. Each half of n images gives a label of twice the variance, and halves share
+    no image: Var(second - first) = 4 s^2 / n, twice that of label1 - label2. So the best of all
+    predictors has an RMSE of this / sqrt(2).
     """
     test = measured[-len(predicted) :]
     error = (predicted - test).square().mean(0).sqrt()
@@ -208,7 +208,7 @@ def compare(measured, half, predicted):
         "tau": tau,
         "mean": measured.mean(0),
         "sd of students": measured.std(0),
-        "moves by": moves.square().mean(0).sqrt(),
+        "moves by": moves.std(0),
     }
     rows = []
     for i, (target, paper) in enumerate(PAPER.items()):

@@ -82,12 +82,10 @@ def show_slice():
     y.sum().backward()
     reached = (shared["layer"].grad != 0).float()  # which weights the gradient reaches
     inside, others, unread = reached[:4, :3], reached[4:], reached[:, 3:]
-    print(f"""
-half of a layer's channels are a layer: {tuple(inside.shape)} of {tuple(reached.shape)} weights
-it differs from a layer that has this slice alone by {(alone - y).abs().max():.0e}: rounding
-the gradient reaches {inside.mean():.0%} of the slice, and of the weights outside
-{others.mean():.0%} of the other outputs' and {unread.mean():.0%} of the other inputs'
-""")
+    print(f"half of a layer's channels: {tuple(inside.shape)} of {tuple(reached.shape)} weights")
+    print(f"a layer that has this slice alone differs by {(alone - y).abs().max():.0e}: rounding")
+    print(f"the gradient reaches {inside.mean():.0%} of the slice, and of the weights outside")
+    print(f"{others.mean():.0%} of other outputs' and {unread.mean():.0%} of other inputs'\n")
 
 
 # ---- The lesson: students of one network ---------------------------------------------------------
@@ -115,7 +113,8 @@ def main():
     print(f"{len(net['genes'])} genes, {count_students(net):,} students")
     torch.manual_seed(args.seed)
     shared, rng = random_weights(net), random.Random(args.seed)
-    students = {"largest": student_at(net, -1), "smallest": student_at(net, 0), "usual": usual(net)}
+    students = {"largest": student_at(net, -1), "smallest": student_at(net, 0)}
+    students["usual"] = usual(net)  # about ResNet-50, or a common MobileNetV3
     students |= {f"random_{number}": sample(net, rng) for number in range(1, 6)}
     print("a student is one choice for each gene, 0 where its block is switched off; random_1 is")
     print(dict(zip(net["genes"], students["random_1"])))
@@ -660,8 +659,11 @@ def read_flags(**others):
 
 
 def finish(args, rows, wrote, following=""):
-    for line in [rows[0], *(row.values() for row in rows)] if rows else []:
-        print(*(f"{format(cell, '.4g') if isinstance(cell, float) else cell:>17}" for cell in line))
+    """Print a table, where it stands, and the next command."""
+    if rows:
+        for line in [rows[0], *(row.values() for row in rows)]:
+            cells = (format(cell, ".4g") if isinstance(cell, float) else cell for cell in line)
+            print(*(f"{cell:>17}" for cell in cells))
     print("wrote", *wrote)
     if following:
         print("next: python", following, shlex.join(args.given))

@@ -651,8 +651,11 @@ def read_flags(**others):
 
 
 def finish(args, rows, wrote, following=""):
-    for line in [rows[0], *(row.values() for row in rows)] if rows else []:
-        print(*(f"{format(cell, '.4g') if isinstance(cell, float) else cell:>17}" for cell in line))
+    """Print a table, where it stands, and the next command."""
+    if rows:
+        for line in [rows[0], *(row.values() for row in rows)]:
+            cells = (format(cell, ".4g") if isinstance(cell, float) else cell for cell in line)
+            print(*(f"{cell:>17}" for cell in cells))
     print("wrote", *wrote)
     if following:
         print("next: python", following, shlex.join(args.given))

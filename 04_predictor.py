@@ -200,8 +200,8 @@ def compare(measured, half, predicted):
     test = measured[-len(predicted) :]
     error = (predicted - test).square().mean(0).sqrt()
     real, guessed = ((part[:, None] - part).sign() for part in (test, predicted))  # (T, T, 2)
-    pairs = real.square().sum((0, 1)) * guessed.square().sum((0, 1))  # ties are 0
-    tau = (real * guessed).sum((0, 1)) / pairs.sqrt()
+    untied, guessed_untied = (part.abs().sum((0, 1)) for part in (real, guessed))
+    tau = (real * guessed).sum((0, 1)) / (untied * guessed_untied).sqrt()
     moves = (2 * measured - 2 * half) / 2**0.5  # (second - first half) / sqrt(2)
     columns = {
         "RMSE": error,
@@ -241,12 +241,14 @@ def pictures(args, network, data):
     right = torch.cat([network(part / 255).argmax(1) for part in x.split(100)]) == y
     pick = right.nonzero()[:8, 0].tolist() or [0]
     x, y = x[pick] / 255, y[pick]
-    noise, attack = torch.zeros_like(x), (args.eps / 255, args.step_size / 255, args.steps)
-    x_adv = pgd(network, x, lambda z: F.cross_entropy(z, y), noise, *attack)
-    right = torch.cat([network(at).argmax(1) == y for at in (x, x, x_adv)]).cpu()
+    attack = args.eps / 255, args.step_size / 255, args.steps
+    x_adv = pgd(network, x, lambda z: F.cross_entropy(z, y), torch.zeros_like(x), *attack)
+    change = 0.5 + 16 * (x_adv - x)
+    before, after = (network(at).argmax(1) == y for at in (x, x_adv))
+    right = torch.cat([before, before, after]).long().cpu()  # the change is framed as the image
     red_green = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.6, 0.0]])
-    frames = red_green[right.long(), :, None, None].repeat(1, 1, 36, 36)
-    frames[:, :, 2:-2, 2:-2] = torch.cat([x, 0.5 + 16 * (x_adv - x), x_adv]).clamp(0, 1).cpu()
+    frames = red_green[right, :, None, None].repeat(1, 1, 36, 36)
+    frames[:, :, 2:-2, 2:-2] = torch.cat([x, change, x_adv]).clamp(0, 1).cpu()
     grid = make_grid(F.interpolate(frames, scale_factor=3), len(x))
     buffer = io.BytesIO()
     save_image(grid, buffer, format="png")
@@ -630,8 +632,11 @@ def read_flags(**others):
 
 
 def finish(args, rows, wrote, following=""):
-    for line in [rows[0], *(row.values() for row in rows)] if rows else []:
-        print(*(f"{format(cell, '.4g') if isinstance(cell, float) else cell:>17}" for cell in line))
+    """Print a table, where it stands, and the next command."""
+    if rows:
+        for line in [rows[0], *(row.values() for row in rows)]:
+            cells = (format(cell, ".4g") if isinstance(cell, float) else cell for cell in line)
+            print(*(f"{cell:>17}" for cell in cells))
     print("wrote", *wrote)
     if following:
         print("next: python", following, shlex.join(args.given))

@@ -23,7 +23,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,6 +77,8 @@ def run(root, number, *words, code=0, quick=True):
             try:
                 CHAPTERS[NAMES.index(Path(command[1]).stem)].run_chapter()
             except SystemExit as stop:
+                if stop.code == 130:  # stopped: so is the chapter that runs this one, or the tests
+                    raise KeyboardInterrupt
                 return SimpleNamespace(returncode=stop.code or 0)
         return SimpleNamespace(returncode=0)
 
@@ -86,8 +87,6 @@ def run(root, number, *words, code=0, quick=True):
             patch.chdir(root)
             patch.setattr(subprocess, "run", in_process)
             exited = in_process(["python", *command(number, *words, quick=quick)]).returncode
-    if exited == 130:  # stopped: so are the tests
-        raise KeyboardInterrupt
     out, err = (stream.flush() or stream.buffer.getvalue().decode() for stream in (out, err))
     assert exited == code, out + err
     assert err.count("\n") == (1 if code else 0), err
@@ -162,9 +161,9 @@ def chain(request, chains):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A folder with shades/, three classes of 60 + 15 images, and run/, what all chapters make."""
+    """A folder with shades/, three classes of 60 + 6 images, and run/, what all chapters make."""
     root, generator = tmp_path_factory.mktemp("finished"), torch.Generator().manual_seed(0)
-    for part, count in (("train", 60), ("test", 15)):
+    for part, count in (("train", 60), ("test", 6)):
         for i, name in enumerate(("bright", "dark", "middling, grün")):
             (root / "shades" / part / name).mkdir(parents=True)
             for n in range(count):
@@ -290,7 +289,7 @@ def torchvisions(net, shared, student):
 
 
 def test_a_slice_computes_what_torchvisions_blocks_compute():
-    net, x = NETS["mbv3-paper"], torch.rand(4, 3, 32, 32).double()
+    net, x = NETS["mbv3-paper"], torch.rand(2, 3, 32, 32).double()
     for student in students_of(net, 1):
         network, theirs = torchvisions(net, weights_of(net), student)
         torch.testing.assert_close(network(x).double(), theirs(x), rtol=1e-5, atol=1e-5)
@@ -440,7 +439,9 @@ def recorded(root, number, *words):
 
     def pgd(network, x, loss, start, *attack):
         x_adv = real["pgd"](network, x, loss, start, *attack)
-        record(start=start, x_adv=x_adv, attack=attack, attacked=(network(x), network(x[:9])))
+        record(start=start, x_adv=x_adv, attack=attack)
+        if len(steps) in (1, 8):  # those that are looked at
+            record(attacked=(network(x), network(x[:9])))
         return x_adv
 
     def kl(target, logits):
@@ -549,7 +550,7 @@ def test_the_start_and_what_varies_and_the_learning_rate_in_each_step(folder, sa
 
 def test_the_largest_student_begins_as_the_teacher(folder):
     """Both have the batch's statistics: nothing else than the method moves it."""
-    alone = "--sampling", "fixed", "--student", "largest", "--start", "teacher"
+    alone = "--epochs", 1, "--sampling", "fixed", "--student", "largest", "--start", "teacher"
     assert recorded(folder, 3, *alone)[0]["kl"] < 1e-4
 
 
@@ -572,7 +573,7 @@ def test_an_iteration_on_a_gpu(folder):
 # ---- Chapter 4: the predictor --------------------------------------------------------------------
 @both
 def test_the_predictor_recovers_an_additive_function(net):
-    args = SimpleNamespace(seed=SEED, epochs=30, students=300)
+    args = SimpleNamespace(seed=SEED, epochs=20, students=300)
     students = c4.distinct_students(net, args)
     features, genes = c4.one_hot(net, students), net["genes"].values()
     for student, row in zip(students[:50], features.tolist()):  # nothing for a gene that is off
@@ -720,23 +721,29 @@ def test_baselines_make_table_1_and_the_costs(folder):
 
 
 # ---- Stops: killed at any moment, the same command ends with the same files ----------------------
-def test_killed_at_any_moment(finished, tmp_path):
+def test_stopped_at_any_moment(finished, tmp_path, monkeypatch):
+    """Some time after its first state, or after its start, each chapter gets a Ctrl-C."""
     os.symlink(finished / "shades", tmp_path / "shades")
-    rng, out = random.Random(SEED), tmp_path / "run"
-    states = {2: "02_teacher.state", 3: "03_progressive.state", 4: "04_students.pt"}
-    for number in QUICK:
-        words = [sys.executable, *command(number)]
-        process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL)
-        while number in states and not (out / states[number]).exists() and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 1))
-        process.terminate()  # which takes the chapter that it runs along
-        process.wait()
+    rng, stops = random.Random(SEED), 0
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    for number, chapter in enumerate(CHAPTERS, 1):
+
+        def save(path, *content, real=chapter.save, **more):
+            if path.suffix == ".state" or path.name == "04_students.pt":
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.01, 0.5))
+            return real(path, *content, **more)
+
+        monkeypatch.setattr(chapter, "save", save)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 60 if number in (2, 3, 4) else 0.2)
+            run(tmp_path, number)
+        except KeyboardInterrupt:
+            stops += 1
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        monkeypatch.undo()
         printed = run(tmp_path, number)
         assert "continuing" in printed or "earlier" in printed or number not in (2, 3)
-    for path in out.glob("*.tmp"):
-        path.unlink()
-    assert contents(finished / "run") == contents(out)
+    assert stops > 2 and contents(finished / "run") == contents(tmp_path / "run")
 
 
 def test_no_row_is_lost_where_a_table_could_not_be_written(folder, monkeypatch):
@@ -760,16 +767,17 @@ def test_a_state_holds_log_and_best_epoch_and_is_written_whole_or_not(tmp_path, 
     assert c2.resume(state, {}, weights, sgd) == ([1], {"robust": 2})
 
 
-def test_a_chapter_that_is_stopped_takes_its_child_along(finished, tmp_path):
-    os.symlink(finished / "shades", tmp_path / "shades")
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+def test_a_chapter_that_is_stopped_takes_its_child_along(folder):
+    for path in (folder / "run").glob("0[2-5]*"):
+        path.unlink()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": folder}
     process = subprocess.Popen([sys.executable, *command(5)], **pipes)
     while "TRADES" not in process.stdout.readline():
         assert process.poll() is None
     process.terminate()
     error = process.communicate(timeout=20)[1]  # the pipe closes when the last of them has ended
     assert process.returncode == 130 and "stopped" in error
-    assert not list((tmp_path / "run").glob("02_*"))
+    assert not list((folder / "run").glob("02_*"))
     process = subprocess.Popen([sys.executable, *command(1, "--restart")], **pipes)
     process.stdout.close()  # as `| head` does
     assert "Broken pipe" in process.stderr.read() and process.wait() == 2
@@ -778,7 +786,7 @@ def test_a_chapter_that_is_stopped_takes_its_child_along(finished, tmp_path):
 # ---- Nothing stale, nothing of the user's lost ---------------------------------------------------
 def test_what_is_stale_is_said_and_never_used(folder):
     run(folder, 2, "--student", "best", "--epochs", 1)
-    run(folder, 3, "--restart", "--lr", 0.01)
+    run(folder, 3, "--restart", "--epochs", 1)
     stale = "04_predictor.pt is stale: 03_progressive.pt is another one by now: 04_predictor.py"
     for words in ([], ["--restart"]):
         assert stale in run(folder, 5, *words, code=2)
@@ -792,9 +800,9 @@ def test_what_is_stale_is_said_and_never_used(folder):
     assert "05_search.pt is stale: 0" in run(folder, 5, code=2)
     assert "best" in run(folder, 5, "--restart", "--seed", 0)
     assert rows_of(folder / "run/table1.csv")[-1]["student"] == "best"  # judged anew
-    run(folder, 2, "--restart", "--lr", 0.1)
+    run(folder, 2, "--restart", "--epochs", 1)
     for number, file in {3: "03_progressive", 4: "03_progressive", 5: "04_predictor"}.items():
-        words = ["--lr", 0.01] if number == 3 else []
+        words = ["--epochs", 1] if number == 3 else []
         assert f"{file}.pt is stale: 02_teacher.pt" in run(folder, number, *words, code=2)
 
 
@@ -833,9 +841,10 @@ def test_a_failed_export_does_not_cost_the_training(folder, monkeypatch):
     (folder / "run/02_teacher.pt2").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(c2, "export", lambda *_: c2.fail("no export"))
-        assert "no export" in run(folder, 2, "--restart", code=2)
+        assert "no export" in run(folder, 2, "--restart", "--epochs", 1, code=2)
     before = (folder / "run/02_teacher.pt").read_bytes()
-    assert "after epoch 3" in run(folder, 2) and (folder / "run/02_teacher.pt2").exists()
+    assert "after epoch 1" in run(folder, 2, "--epochs", 1)
+    assert (folder / "run/02_teacher.pt2").exists()
     assert (folder / "run/02_teacher.pt").read_bytes() == before
 
 
@@ -1015,9 +1024,9 @@ def test_linked_folders_are_read(finished, tmp_path):
     (train / "dark").rename(tmp_path / "disk")
     for link in ("dark", "bright/one", "bright/two"):  # a class, and twice parts of one
         os.symlink(tmp_path / "disk", train / link)
-    assert len(c1.folder_images(train.parent, "train")[0]) == len(ImageFolder(train)) == 75
+    assert len(c1.folder_images(train.parent, "train")[0]) == len(ImageFolder(train)) == 30
     os.symlink(train / "bright", tmp_path / "disk/loop")
-    assert len(c1.folder_images(train.parent, "train")[0]) > 75  # it ends
+    assert len(c1.folder_images(train.parent, "train")[0]) > 30  # it ends
 
 
 def test_other_images_are_noticed(folder):
@@ -1031,7 +1040,7 @@ def test_other_images_are_noticed(folder):
     (dark / "1.gif").touch()
     (folder / "own").rename(folder / "moved")
     assert "earlier" in run(folder, 2, *words, "--epochs", 1)  # the run needs them no more
-    assert "162 train, 18 held_out, 45 test images" in run(folder, 1, *words)
+    assert "162 train, 18 held_out, 18 test images" in run(folder, 1, *words)
     (folder / "moved").rename(folder / "own")
     printed = run(folder, 1, *words, "--restart")
     assert "180 images of 3 classes; 1 other files" in printed
@@ -1133,6 +1142,7 @@ def test_the_search_keeps_its_budget_and_table_1_judges_for_real(chain):
     torch.testing.assert_close(exported(x), judged(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("chain", ["mbv3"], indirect=True)
 def test_the_exported_student_needs_none_of_this_code(chain, tmp_path):
     code = (
         "import torch; names = {'names': ''}; data = torch.load('01_images.pt');"
@@ -1159,9 +1169,9 @@ def test_robust_accuracy_is_no_artefact(chain):
     def accuracy(eps, step_size, steps):
         return c4.judge(*test, eps / 255, step_size / 255, steps)[1].float().mean().item()
 
-    by_steps = [accuracy(8, 2, steps) for steps in (5, 10, 20, 40)]
-    assert 0.2 < by_steps[2] <= accuracy(8, 8, 1) + 0.005  # FGSM
+    by_steps = [accuracy(8, 2, steps) for steps in (5, 20, 40)]
+    assert 0.2 < by_steps[1] <= accuracy(8, 8, 1) + 0.005  # FGSM
     assert all(more <= fewer + 0.005 for fewer, more in zip(by_steps, by_steps[1:]))
-    by_eps = [accuracy(eps, eps / 4, 20) for eps in (0.01, 8, 32, 128)]
+    by_eps = [accuracy(0.01, 0.0025, 20), by_steps[1], *(accuracy(e, e / 4, 20) for e in (32, 128))]
     assert by_eps == sorted(by_eps, reverse=True)
     assert by_eps[0] > by_eps[1] + 0.05 and by_eps[-1] < 0.01

@@ -290,8 +290,9 @@ def torchvisions(net, shared, student):
 
 def test_a_slice_computes_what_torchvisions_blocks_compute():
     net, x = NETS["mbv3-paper"], torch.rand(2, 3, 32, 32).double()
+    shared = weights_of(net)
     for student in students_of(net, 1):
-        network, theirs = torchvisions(net, weights_of(net), student)
+        network, theirs = torchvisions(net, shared, student)
         torch.testing.assert_close(network(x).double(), theirs(x), rtol=1e-5, atol=1e-5)
 
 
@@ -522,7 +523,7 @@ def test_an_iteration_is_the_textbooks(folder, number):
 def test_the_start_and_what_varies_and_the_learning_rate_in_each_step(folder, sampling, start):
     """Figure 4 from a real run: 3 steps x 2 epochs x 5 iterations."""
     words = ["--start", "random"] if start == "01_dynamic_net" else []
-    steps = recorded(folder, 3, "--sampling", sampling, *words)
+    steps = recorded(folder, 3, "--steps", 1, "--sampling", sampling, *words)
     net, first = read(folder / "run", "01_dynamic_net", start)
     if sampling == "random":  # channels are sorted before expansions vary
         c3.sort_channels(net, first["weights"])
@@ -550,7 +551,7 @@ def test_the_start_and_what_varies_and_the_learning_rate_in_each_step(folder, sa
 
 def test_the_largest_student_begins_as_the_teacher(folder):
     """Both have the batch's statistics: nothing else than the method moves it."""
-    alone = "--epochs", 1, "--sampling", "fixed", "--student", "largest", "--start", "teacher"
+    alone = "--sampling fixed --student largest --start teacher --epochs 1 --steps 1".split()
     assert recorded(folder, 3, *alone)[0]["kl"] < 1e-4
 
 
@@ -1164,14 +1165,14 @@ def test_robust_accuracy_is_no_artefact(chain):
     net, data, trained = read(chain[1], *PARTS)
     network = c4.Network(net, trained["weights"], c4.student_at(net, 1))
     network = c4.calibrated(network, data["calibration"])
-    test = network, data["test"][:200], data["test_labels"][:200]
+    test = network, data["test"][:125], data["test_labels"][:125]
 
     def accuracy(eps, step_size, steps):
         return c4.judge(*test, eps / 255, step_size / 255, steps)[1].float().mean().item()
 
     by_steps = [accuracy(8, 2, steps) for steps in (5, 20, 40)]
-    assert 0.2 < by_steps[1] <= accuracy(8, 8, 1) + 0.005  # FGSM
-    assert all(more <= fewer + 0.005 for fewer, more in zip(by_steps, by_steps[1:]))
+    assert 0.2 < by_steps[1] <= accuracy(8, 8, 1) + 0.01  # FGSM; an image is 0.008
+    assert all(more <= fewer + 0.01 for fewer, more in zip(by_steps, by_steps[1:]))
     by_eps = [accuracy(0.01, 0.0025, 20), by_steps[1], *(accuracy(e, e / 4, 20) for e in (32, 128))]
     assert by_eps == sorted(by_eps, reverse=True)
     assert by_eps[0] > by_eps[1] + 0.05 and by_eps[-1] < 0.01

@@ -56,7 +56,8 @@ class Slices:
         """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
         if name not in self.slices:
             with torch.enable_grad():  # for later calls; the first one may be without
-                weight = self.shared[name][:out, : 1 if depthwise else x.shape[1]]
+                inputs = 1 if depthwise else x.shape[1]
+                weight = self.shared[name][:out, :inputs]
                 while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
                     side = weight.shape[-1] - 2
                     centre = weight[:, :, 1:-1, 1:-1].reshape(out, side * side)
@@ -110,7 +111,7 @@ def main():
     summary = f"{args.dataset}: {counts} images; logits in this order: {', '.join(images['names'])}"
     print(summary)
     net = make_net(args.net, args.common["preset"], len(images["names"]))
-    print(f"{len(net['genes'])} genes, {count_students(net):,} students")
+    print(f"{len(net['genes'])} genes, {count_students(net):,} genotypes")
     torch.manual_seed(args.seed)
     shared, rng = random_weights(net), random.Random(args.seed)
     students = {"largest": student_at(net, -1), "smallest": student_at(net, 0)}
@@ -172,7 +173,7 @@ NETWORKS = {  # sections 4.3 and 5.0.1; "tiny" is of the same construction, for 
 EXPLAINED = """
 depth: blocks of a stage (ResNet: beyond the least), or a second layer of the stem; width: channels
 of a stage, the stem, its middle, as a share of the largest's; kernel: side of a depthwise kernel;
-expand: channels inside a block, as a multiple of those outside
+expand: channels inside a block, as a multiple of its output's (MobileNet: of its input's)
 
 "alone it differs": by how much logits change in a network that has this slice alone; to be 0
 """
@@ -189,7 +190,7 @@ def make_net(name, preset, classes):
 
 def resnet_genes(net):
     """Dyn-ResNet50's: a width is a whole stage's, because identity shortcuts join its blocks."""
-    genes = {"depth_stem": (net["depth"][0], net["depth"][-1])}  # without or with a second layer
+    genes = {"depth_stem": (net["depth"][0], net["depth"][-1])}  # without or with one more layer
     numbers = range(1, len(net["stages"]) + 1)
     genes |= {f"depth_{i}": net["depth"] for i in numbers}
     genes |= {f"width_{part}": net["width"] for part in ("mid", "stem", *numbers)}
@@ -214,7 +215,9 @@ def mobilenet_genes(net):
 
 
 def canonical(net, student):
-    """The one genotype of a student: genes of blocks that its depths switch off are 0."""
+    """One genotype for all that differ only in blocks which their depths switch off: genes of those
+    are 0. (Some genotypes that are left are still the same network, because channels are rounded.)
+    """
     chosen = dict(zip(net["genes"], student))
     off = [gene for gene, (depth, least) in net["switches"].items() if chosen[depth] < least]
     return tuple((chosen | dict.fromkeys(off, 0)).values())
@@ -324,8 +327,8 @@ class Network(Slices):
 
     @torch.no_grad()
     def fold_norms(self):
-        """A student whose batch norms have the statistics that are now in `stats`, for the attack
-        and to be judged: a scale and a shift, which become part of each convolution."""
+        """A student whose batch norms have the statistics that are now in `stats`, to be judged and
+        for chapter 3's attack: a scale and a shift, which become part of each convolution."""
         student = copy.copy(self)
         student.slices, student.folded = {**self.slices}, True
         for name, (mean, variance) in self.stats.items():
@@ -392,7 +395,7 @@ def read_images(args):
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
     held_out, kept = order.split([len(order) // 10, len(order) - len(order) // 10])
     torch.manual_seed(0)
-    calibration = augment(pixels[kept][:4000])  # drawn for 4,000, as in the README's results
+    calibration = augment(pixels[kept][:4000])  # and cut: for fewer, other crops would be drawn
     return {
         "train": pixels[kept],
         "held_out": pixels[held_out],

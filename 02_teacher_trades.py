@@ -13,7 +13,7 @@ New here: main, the attack pgd, judging, table 1 and the export; the network is 
 
     python 02_teacher_trades.py --dataset cifar10    # the paper's schedule, on a GPU
     python 02_teacher_trades.py --student usual      # a row of table 1: TRADES of one student
-    python 02_teacher_trades.py --judge              # table 1 of what is there; ends chapter 5
+    python 02_teacher_trades.py --judge              # table 1 of what is there, as chapter 5 does
 
 reads   01_images.pt, 01_dynamic_net.pt (made first if missing)
 writes  02_teacher.pt, .pt2, _log.csv      the best epoch's weights; the same as a network for
@@ -45,8 +45,8 @@ from torch.utils.flop_counter import FlopCounterMode
 # fmt: off
 FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
     "epochs": (300, 10, 5, 1, 10**6, "epochs of adversarial training; paper 300 (section 5.0.1)"),
-    "lr": (0.01, 0.05, 0.15, 0, 1e3, "learning rate after the warm-up; paper 0.01"),
-    "warmup": (5 / 300, 0.1, 0.2, 1e-9, 1, "share of the run in which lr rises; code 5 epochs"),
+    "lr": (0.01, 0.05, 0.15, 0, 1e3, "learning rate, times warm-up or cosine; paper 0.01"),
+    "warmup": (5 / 300, 0.1, 0.2, 1e-9, 1, "share of the run in which lr rises; paper silent"),
     "batch_size": (128, 128, 64, 1, 10**6, "images in an iteration; paper 128"),
     "beta": (6.0, 6.0, 6.0, 0, 1e3, "weight of the robust term; TRADES' 6"),
     "eps": (8.0, 8.0, 8.0, 0.2, 255, "change of a pixel, in 1/255: for 0.031 write 7.9; paper 8"),
@@ -79,7 +79,7 @@ def main():
         checkpoint.unlink(missing_ok=True)
         state.unlink(missing_ok=True)
     if checkpoint.exists() and not state.exists():
-        load(checkpoint, settings)
+        load(checkpoint, settings)  # exits if it is stale, or of other settings
         return finish(args, [], [f"{checkpoint} earlier (--restart makes it anew)"], following)
     shared = moved(net["weights"], device, learn=True)
     optimizer = torch.optim.SGD(shared.values(), momentum=0.9, weight_decay=2e-4)  # 5.0.1
@@ -103,8 +103,8 @@ def main():
                 log_f = logits.log_softmax(1)  # log f(x), (B, classes)
 
                 # The inner problem of equation 1. At x the KL's gradient is zero: start beside it.
-                # Each step has the statistics of its own batch, as the loss of x' has them: with
-                # those of x in all steps, a network that starts at random learns worse.
+                # Batch norm has the statistics of each step's x', as in the loss below: with those
+                # of x in all steps, a network that starts at random learns worse.
                 target, noise = log_f.detach(), 0.001 * torch.randn_like(x)
                 x_adv = pgd(network, x, lambda z: kl(target, z), noise, *attack)
 
@@ -251,7 +251,7 @@ def table1(args, net, data, device):
             row["params"] = sum(part.numel() for part in network.slices.values())
             row["macs"] = counter.get_total_flops() // 2
             row |= {key: part.sum().item() / len(part) for key, part in right.items()}
-            rows.append({**row, "made_from": mark})
+            rows.append({**row, "made_from": mark})  # weights (and search): chapter 5 compares
             if name != own_name:  # a search's: best, best_500M, best_random
                 wrote.append(args.out / f"{name.replace('best', 'student')}.pt2")
                 export(judged, wrote[-1], data["names"])
@@ -326,7 +326,7 @@ def run_missing(args, *files):
         if not (args.out / name).exists():
             print(f"{args.out / name} is missing: running {script}\n")
             command = [sys.executable, Path(__file__).resolve().with_name(script), *args.given]
-            command += [f"--sampling={args.sampling}"] if script > "03" else []
+            command += [f"--sampling={args.sampling}"] if script[:2] >= "03" else []
             if subprocess.run(command).returncode:
                 raise SystemExit(2)  # it has said why
 
@@ -387,7 +387,8 @@ class Slices:
         """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
         if name not in self.slices:
             with torch.enable_grad():  # for later calls; the first one may be without
-                weight = self.shared[name][:out, : 1 if depthwise else x.shape[1]]
+                inputs = 1 if depthwise else x.shape[1]
+                weight = self.shared[name][:out, :inputs]
                 while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
                     side = weight.shape[-1] - 2
                     centre = weight[:, :, 1:-1, 1:-1].reshape(out, side * side)
@@ -411,7 +412,9 @@ def divisible(channels):
 
 
 def canonical(net, student):
-    """The one genotype of a student: genes of blocks that its depths switch off are 0."""
+    """One genotype for all that differ only in blocks which their depths switch off: genes of those
+    are 0. (Some genotypes that are left are still the same network, because channels are rounded.)
+    """
     chosen = dict(zip(net["genes"], student))
     off = [gene for gene, (depth, least) in net["switches"].items() if chosen[depth] < least]
     return tuple((chosen | dict.fromkeys(off, 0)).values())
@@ -485,8 +488,8 @@ class Network(Slices):
 
     @torch.no_grad()
     def fold_norms(self):
-        """A student whose batch norms have the statistics that are now in `stats`, for the attack
-        and to be judged: a scale and a shift, which become part of each convolution."""
+        """A student whose batch norms have the statistics that are now in `stats`, to be judged and
+        for chapter 3's attack: a scale and a shift, which become part of each convolution."""
         student = copy.copy(self)
         student.slices, student.folded = {**self.slices}, True
         for name, (mean, variance) in self.stats.items():

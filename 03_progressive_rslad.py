@@ -45,10 +45,10 @@ import torch.nn.functional as F
 # fmt: off
 FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
     "epochs": (120, 4, 2, 1, 10**6, "epochs of each of three phases; paper 120 (section 5.0.1)"),
-    "lr": (0.01, 0.02, 0.05, 0, 1e3, "learning rate after the warm-up of each phase; paper 0.01"),
+    "lr": (0.01, 0.02, 0.05, 0, 1e3, "learning rate, times warm-up or cosine; paper 0.01"),
     "warmup": (5 / 120, 0.1, 0.1, 1e-9, 1, "share of a phase in which lr rises; paper silent"),
     "batch_size": (128, 128, 64, 1, 10**6, "images in an iteration; paper 128"),
-    "sharpen": (1.0, 1.0, 1.0, 0.1, 10, "multiplies the teacher's logits (chapter 2 names one)"),
+    "sharpen": (1.0, 1.0, 1.0, 0.1, 10, "multiplies the teacher's logits; chapter 2 prints one"),
     "alpha": (5 / 6, 5 / 6, 5 / 6, 0, 1, "weight of attacked images in equation 2; RSLAD's 5/6"),
     "eps": (8.0, 8.0, 8.0, 0.2, 255, "change of a pixel, in 1/255: for 0.031 write 7.9; paper 8"),
     "step_size": (2.0, 2.0, 4.0, 0.02, 255, "of the attack, in 1/255: for 0.0078 write 2; paper 2"),
@@ -67,7 +67,7 @@ VARIES = {  # figure 4: the kinds of genes that vary in each of the three phases
     "fixed": [()],  # none, in one phase as long as the three
 }
 
-# Of whom accuracies are logged: which choice of every gene; middle is the second smallest of each.
+# Of whom accuracies are logged: which choice of every gene. "middle" takes the second of each.
 SHOWN = {"largest": -1, "middle": 1, "smallest": 0}
 
 
@@ -89,15 +89,17 @@ def main():
         fail("--sampling fixed and --student NAME go together")
     start = args.start or ("random" if args.student else "teacher")
     device, precision, where = pick_device(args)
-    ours = start == "teacher" or not args.teacher  # is chapter 2's teacher needed
-    run_missing(args, "01_dynamic_net.pt", *["02_teacher.pt"] * ours)
+    needed = ["01_dynamic_net.pt", "02_teacher.pt"]
+    if args.teacher and start == "random":
+        needed.pop()
+    run_missing(args, *needed)
     net = load(args.out / "01_dynamic_net.pt", args.common)
-    trained = load(args.out / "02_teacher.pt", net["settings"]) if ours else net
+    trained = load(args.out / "02_teacher.pt", net["settings"]) if len(needed) == 2 else None
     data = load_images(args, net, device)
     batch = min(args.batch_size, len(data["train"]))
     batches = len(data["train"]) // batch  # of an epoch; an incomplete batch is left out
     base = named_student(args, net) if args.student else student_at(net, -1)  # what does not vary
-    begin_with = trained if start == "teacher" else net
+    begin_with = trained if start == "teacher" else net  # which has chapter 1's random weights
     if args.teacher:
         sources, taught_by = [begin_with], args.teacher.stem
         mark = checksum(args.teacher.read_bytes())
@@ -118,7 +120,7 @@ def main():
         checkpoint.unlink(missing_ok=True)
         state.unlink(missing_ok=True)
     if checkpoint.exists() and not state.exists():
-        load(checkpoint, settings)
+        load(checkpoint, settings)  # exits if it is stale, or of other settings
         return finish(args, [], [f"{checkpoint} earlier (--restart makes it anew)"], following)
     shared = moved(begin_with["weights"], device, learn=True)
     optimizer = torch.optim.SGD(shared.values(), momentum=0.9, weight_decay=2e-4)  # 5.0.1
@@ -138,7 +140,7 @@ def main():
         varies = phases[phase]  # figure 4
         if epoch_of_phase == 0:
             optimizer.state.clear()  # each phase has its own momentum, warm-up and cosine
-            if "expand" in varies and phase == phases.index(varies):  # the first such phase
+            if "expand" in varies and phase == phases.index(varies):  # the first of equal phases
                 sort_channels(net, shared)  # from now on students keep a part of a block's channels
         order = torch.randperm(len(data["train"])).to(device)
         losses = torch.zeros(batches, 3, device=device)
@@ -149,14 +151,14 @@ def main():
             with precision:
                 with torch.no_grad():
                     target = (args.sharpen * teacher(x)).log_softmax(1)  # log T(x), (B, classes)
-                natural_kl = kl(target, network(x))
+                natural_kl = kl(target, network(x))  # network(x) leaves batch-norm statistics of x
 
-                # L_max of equation 2: the attack, on the student with the statistics that the line
-                # above has left, of x. At a KL of 0 its gradient is 0: start near x.
+                # L_max of equation 2: the attack, on the student with the statistics of x, as left
+                # above. At a KL of 0 its gradient is 0: start near x.
                 noise = 0.001 * torch.randn_like(x)
                 x_adv = pgd(network.fold_norms(), x, lambda z: kl(target, z), noise, *attack)
 
-                # L_min: the loss. Batch statistics, for running ones would mix students.
+                # L_min: the loss. Batch statistics, since running ones would mix students.
                 adversarial_kl = kl(target, network(x_adv))
                 loss = (1 - args.alpha) * natural_kl + args.alpha * adversarial_kl
 
@@ -337,7 +339,7 @@ def run_missing(args, *files):
         if not (args.out / name).exists():
             print(f"{args.out / name} is missing: running {script}\n")
             command = [sys.executable, Path(__file__).resolve().with_name(script), *args.given]
-            command += [f"--sampling={args.sampling}"] if script > "03" else []
+            command += [f"--sampling={args.sampling}"] if script[:2] >= "03" else []
             if subprocess.run(command).returncode:
                 raise SystemExit(2)  # it has said why
 
@@ -398,7 +400,8 @@ class Slices:
         """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
         if name not in self.slices:
             with torch.enable_grad():  # for later calls; the first one may be without
-                weight = self.shared[name][:out, : 1 if depthwise else x.shape[1]]
+                inputs = 1 if depthwise else x.shape[1]
+                weight = self.shared[name][:out, :inputs]
                 while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
                     side = weight.shape[-1] - 2
                     centre = weight[:, :, 1:-1, 1:-1].reshape(out, side * side)
@@ -422,7 +425,9 @@ def divisible(channels):
 
 
 def canonical(net, student):
-    """The one genotype of a student: genes of blocks that its depths switch off are 0."""
+    """One genotype for all that differ only in blocks which their depths switch off: genes of those
+    are 0. (Some genotypes that are left are still the same network, because channels are rounded.)
+    """
     chosen = dict(zip(net["genes"], student))
     off = [gene for gene, (depth, least) in net["switches"].items() if chosen[depth] < least]
     return tuple((chosen | dict.fromkeys(off, 0)).values())
@@ -505,8 +510,8 @@ class Network(Slices):
 
     @torch.no_grad()
     def fold_norms(self):
-        """A student whose batch norms have the statistics that are now in `stats`, for the attack
-        and to be judged: a scale and a shift, which become part of each convolution."""
+        """A student whose batch norms have the statistics that are now in `stats`, to be judged and
+        for chapter 3's attack: a scale and a shift, which become part of each convolution."""
         student = copy.copy(self)
         student.slices, student.folded = {**self.slices}, True
         for name, (mean, variance) in self.stats.items():

@@ -78,7 +78,7 @@ def main():
         checkpoint.unlink(missing_ok=True)
         state.unlink(missing_ok=True)
     if checkpoint.exists():
-        load(checkpoint, settings)
+        load(checkpoint, settings)  # exits if it is stale, or of other settings
         return finish(args, [], [f"{checkpoint} earlier (--restart makes it anew)"], following)
     data, shared = load_images(args, net, device), moved(trained["weights"], device)
 
@@ -95,20 +95,20 @@ def main():
         save(state, measuring, [trained], rows=rows)  # last: without it, a student is measured anew
 
     measured = torch.tensor([[row["natural"], row["robust"]] for row in rows])  # (N, 2)
-    half = torch.tensor([[row["natural_half"], row["robust_half"]] for row in rows])
-    test = args.students - args.test_students
-    predictor = train_predictor(args, net, students[:test], measured[:test])
-    predicted = predict_accuracy(predictor, net, students[test:])
-    report = compare(measured, half, predicted)
+    first_half = torch.tensor([[row["natural_half"], row["robust_half"]] for row in rows])
+    train = args.students - args.test_students  # how many; the others test
+    predictor = train_predictor(args, net, students[:train], measured[:train])
+    predicted = predict_accuracy(predictor, net, students[train:])
+    report = compare(measured, first_half, predicted)
     write_csv(args.out / f"04_report{end}.csv", report)
     columns = "natural", "robust", "predicted_natural", "predicted_robust"
-    table = torch.cat([measured[test:], predicted], 1).tolist()
+    table = torch.cat([measured[train:], predicted], 1).tolist()
     write_csv(args.out / f"04_predictions{end}.csv", [dict(zip(columns, row)) for row in table])
     weights = moved(load(args.out / "02_teacher.pt", net["settings"])["weights"], device)
     teacher = Network(net, weights, student_at(net, -1))
-    middle = Network(net, shared, student_at(net, 1))
+    second = Network(net, shared, student_at(net, 1))  # the second choice of every gene
     write_csv(args.out / f"04_widths{end}.csv", widths(args, net, shared, teacher, data))
-    write(args.out / f"04_pictures{end}.png", pictures(args, middle, data))
+    write(args.out / f"04_pictures{end}.png", pictures(args, second, data))
     save(checkpoint, settings, [trained], **predictor)
     print(f"\non {len(predicted)} students that were not used in training; shares of 1:")
     wrote = checkpoint, args.out / f"04_*{end}.csv", args.out / f"04_pictures{end}.png"
@@ -186,23 +186,24 @@ def predict_accuracy(predictor, net, students):
     return answers * predictor["scale"] + predictor["mean"]
 
 
-def compare(measured, half, predicted):
+def compare(measured, first_half, predicted):
     """What the error means: a row for each target, from all labels (N, 2), those on the first half
     of the images, and the predictions of the last students (T, 2).
 
     tau: a search needs the order alone; Kendall's tau-b is the share of pairs in the right order
     less that of pairs in the wrong one.
-    moves by: how far two labels of a student differ, on two sets of so many images, less what moves
-    all students alike. Each half of n images gives a label of twice the variance, and halves share
-    no image: Var(second - first) = 4 s^2 / n, twice that of label1 - label2. So the best of all
-    predictors has an RMSE of this / sqrt(2).
+    moves by: how far two labels of a student would differ, on two sets of n images, less what moves
+    all students alike. If a label has the variance v, one on half of the images has 2 v, and the
+    difference between both halves 4 v: twice the 2 v of two labels. The best of all predictors has
+    an RMSE of sqrt(v), which is this / sqrt(2).
     """
     test = measured[-len(predicted) :]
     error = (predicted - test).square().mean(0).sqrt()
     real, guessed = ((part[:, None] - part).sign() for part in (test, predicted))  # (T, T, 2)
     untied, guessed_untied = (part.abs().sum((0, 1)) for part in (real, guessed))
     tau = (real * guessed).sum((0, 1)) / (untied * guessed_untied).sqrt()
-    moves = (2 * measured - 2 * half) / 2**0.5  # (second - first half) / sqrt(2)
+    second_half = 2 * measured - first_half
+    moves = (second_half - first_half) / 2**0.5
     columns = {
         "RMSE": error,
         "tau": tau,
@@ -330,7 +331,7 @@ def run_missing(args, *files):
         if not (args.out / name).exists():
             print(f"{args.out / name} is missing: running {script}\n")
             command = [sys.executable, Path(__file__).resolve().with_name(script), *args.given]
-            command += [f"--sampling={args.sampling}"] if script > "03" else []
+            command += [f"--sampling={args.sampling}"] if script[:2] >= "03" else []
             if subprocess.run(command).returncode:
                 raise SystemExit(2)  # it has said why
 
@@ -368,7 +369,8 @@ class Slices:
         """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
         if name not in self.slices:
             with torch.enable_grad():  # for later calls; the first one may be without
-                weight = self.shared[name][:out, : 1 if depthwise else x.shape[1]]
+                inputs = 1 if depthwise else x.shape[1]
+                weight = self.shared[name][:out, :inputs]
                 while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
                     side = weight.shape[-1] - 2
                     centre = weight[:, :, 1:-1, 1:-1].reshape(out, side * side)
@@ -392,7 +394,9 @@ def divisible(channels):
 
 
 def canonical(net, student):
-    """The one genotype of a student: genes of blocks that its depths switch off are 0."""
+    """One genotype for all that differ only in blocks which their depths switch off: genes of those
+    are 0. (Some genotypes that are left are still the same network, because channels are rounded.)
+    """
     chosen = dict(zip(net["genes"], student))
     off = [gene for gene, (depth, least) in net["switches"].items() if chosen[depth] < least]
     return tuple((chosen | dict.fromkeys(off, 0)).values())
@@ -475,8 +479,8 @@ class Network(Slices):
 
     @torch.no_grad()
     def fold_norms(self):
-        """A student whose batch norms have the statistics that are now in `stats`, for the attack
-        and to be judged: a scale and a shift, which become part of each convolution."""
+        """A student whose batch norms have the statistics that are now in `stats`, to be judged and
+        for chapter 3's attack: a scale and a shift, which become part of each convolution."""
         student = copy.copy(self)
         student.slices, student.folded = {**self.slices}, True
         for name, (mean, variance) in self.stats.items():

@@ -7,6 +7,9 @@
         generation = the best half of both              # by rank, then the less crowded first
     chosen = the best sum of both objectives on the first front
 
+A student dominates another if it is nowhere worse and somewhere better. Rank 0, the first front, is
+dominated by none, rank 1 by those alone, and so on. Crowded is who is near its neighbours there.
+
 New here: the search, what a student costs, and, last, the figures, which may be skipped.
 
     python 05_nsga2.py --dataset toy                                  # alone, the whole chain
@@ -58,22 +61,22 @@ def main():
     if args.figures:
         return finish(args, [], figures(args))
     end = "_random" if args.sampling == "random" else ""
-    trained, fitted = f"03_{args.sampling}.pt", f"04_predictor{end}.pt"
+    weights, fitted = f"03_{args.sampling}.pt", f"04_predictor{end}.pt"  # files
     done = args.out / f"05_search{end}.pt"
-    run_missing(args, "01_dynamic_net.pt", "02_teacher.pt", trained, fitted)
+    run_missing(args, "01_dynamic_net.pt", "02_teacher.pt", weights, fitted)
     net = load(args.out / "01_dynamic_net.pt", args.common)
     predictor = load(args.out / fitted, net["settings"])
     least, most = (cost(net, student_at(net, place))[1] / 1e6 for place in (0, -1))
     budgets = args.max_macs or [2000.0 if most > 2000 else round((least + most) / 2, 1)]
-    if not all(least <= budget <= 1000 * most for budget in budgets):  # above: not in millions
+    if not all(least <= budget <= 1000 * most for budget in budgets):  # more: not in millions
         fail(f"--max-macs is in millions, from {math.ceil(100 * least) / 100} (the smallest) on")
     settings = {**net["settings"], **args.settings, "max_macs": budgets}
     if args.restart or not done.exists():
         students = search(args, net, predictor, budgets, end)
         done.unlink(missing_ok=True)
-        save(done, settings, [predictor], students=students, searched=trained)
+        save(done, settings, [predictor], students=students, searched=weights)
     found = load(done, settings)
-    made_from = f"{found['made_from'][trained]} {found['mark']}"
+    made_from = f"{found['made_from'][weights]} {found['mark']}"
     if read_csv(args, "table1", made_from=made_from):  # judged, with these weights and this search
         return finish(args, [], [f"{done} earlier (--restart makes it anew)"])
     command = [sys.executable, Path(__file__).resolve().with_name(CHAPTERS[1]), *args.given]
@@ -111,7 +114,7 @@ def search(args, net, predictor, budgets, end):
     for row in read_csv(
         args, f"05_best{end}"
     ):  # what an earlier search chose is not chosen any more
-        old = Path(row["student"].replace("best", "student")).name
+        old = Path(row["student"].replace("best", "student")).name  # in this folder, in any case
         (args.out / f"{old}.pt2").unlink(missing_ok=True)
     for name, rows in tables.items():
         write_csv(args.out / f"05_{name}{end}.csv", rows)
@@ -153,9 +156,10 @@ def nsga2(net, evaluate, population, generations, mutation, seed):
     for _ in range(generations):
         parents = generation[0]
         children = fill(parents, lambda: child(parents))
-        if children:  # objectives and violations of both
-            both = [np.concatenate(pair) for pair in zip(generation[1:], evaluate(children))]
-            generation = survivors(parents + children, *both, population)
+        if children:
+            scores = zip(generation[1:], evaluate(children))  # objectives, violations
+            scores = [np.concatenate(pair) for pair in scores]  # of parents and children
+            generation = survivors(parents + children, *scores, population)
     return first, generation
 
 
@@ -190,7 +194,8 @@ def non_dominated_sort(dominates):
 
 
 def crowding_distance(objectives):
-    """Room around each of one front (N, M): its neighbours' gap over the range, summed (III B)."""
+    """Room around each of one front, (N, M): the gap between its two neighbours, divided by the
+    range, summed over the objectives (III B)."""
     distance = np.zeros(len(objectives))
     for values in objectives.T:
         order = values.argsort(kind="stable")
@@ -308,7 +313,9 @@ def divisible(channels):
 
 
 def canonical(net, student):
-    """The one genotype of a student: genes of blocks that its depths switch off are 0."""
+    """One genotype for all that differ only in blocks which their depths switch off: genes of those
+    are 0. (Some genotypes that are left are still the same network, because channels are rounded.)
+    """
     chosen = dict(zip(net["genes"], student))
     off = [gene for gene, (depth, least) in net["switches"].items() if chosen[depth] < least]
     return tuple((chosen | dict.fromkeys(off, 0)).values())
@@ -336,7 +343,7 @@ def run_missing(args, *files):
         if not (args.out / name).exists():
             print(f"{args.out / name} is missing: running {script}\n")
             command = [sys.executable, Path(__file__).resolve().with_name(script), *args.given]
-            command += [f"--sampling={args.sampling}"] if script > "03" else []
+            command += [f"--sampling={args.sampling}"] if script[:2] >= "03" else []
             if subprocess.run(command).returncode:
                 raise SystemExit(2)  # it has said why
 

@@ -55,7 +55,7 @@ class Slices:
     def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
         """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
         if name not in self.slices:
-            with torch.enable_grad():  # for later calls; the first one may be without
+            with torch.enable_grad():  # for later calls; the first one may be under no_grad
                 inputs = 1 if depthwise else x.shape[1]
                 weight = self.shared[name][:out, :inputs]
                 while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
@@ -85,8 +85,8 @@ def show_slice():
     inside, others, unread = reached[:4, :3], reached[4:], reached[:, 3:]
     print(f"half of a layer's channels: {tuple(inside.shape)} of {tuple(reached.shape)} weights")
     print(f"a layer that has this slice alone differs by {(alone - y).abs().max():.0e}: rounding")
-    print(f"the gradient reaches {inside.mean():.0%} of the slice, and of the weights outside")
-    print(f"{others.mean():.0%} of other outputs' and {unread.mean():.0%} of other inputs'\n")
+    print(f"the gradient reaches {inside.mean():.0%} of the slice,", end=" ")
+    print(f"{others.mean():.0%} of other outputs' weights, {unread.mean():.0%} of other inputs'\n")
 
 
 # ---- The lesson: students of one network ---------------------------------------------------------
@@ -96,7 +96,7 @@ FLAGS = {}  # flag: (paper, quick, tiny, least, most, help); this chapter has no
 def main():
     args = read_flags()
     checkpoint = args.out / "01_dynamic_net.pt"
-    if checkpoint.exists() and not args.restart:
+    if checkpoint.exists() and (args.out / "01_images.pt").exists() and not args.restart:
         print(load(checkpoint, args.common)["summary"])
         when = f"earlier, {time.ctime(checkpoint.stat().st_mtime)} (--restart reads anew)"
         return finish(args, [], [checkpoint, when], CHAPTERS[1])
@@ -239,8 +239,8 @@ def sample(net, rng, varies=None, base=()):
 
 
 def usual(net):
-    """Nearly ResNet-50 (23.54 M parameters); of the MobileNets with one depth, one kernel and one
-    expansion the one nearest to the paper's (4.17 M; paper 4.21)."""
+    """With the paper's sizes nearly ResNet-50 (23.54 M parameters), or of the MobileNets with one
+    depth, one kernel and one expansion the one nearest to the paper's (4.17 M; paper 4.21)."""
     chosen = net["usual"]  # of a gene, or of all of a kind
     return canonical(net, [chosen.get(gene, chosen[gene.split("_")[0]]) for gene in net["genes"]])
 
@@ -274,7 +274,7 @@ class Network(Slices):
         super().__init__(shared)
         self.net, self.choice = net, dict(zip(net["genes"], student))
         self.stats = {}  # {layer: (mean, variance) of its output's channels}
-        self.averaging = 1.0  # the next batch's weight in them: 1 keeps that of the last one alone
+        self.momentum = 1.0  # of these averages: 1 keeps those of the last batch alone
         self.folded = False  # whether batch norm has become part of the convolutions
 
     def __call__(self, x):
@@ -346,7 +346,7 @@ class Network(Slices):
         if name not in self.stats:
             self.stats[name] = scale.new_zeros(2, out)
         mean, variance = self.stats[name]  # which batch_norm updates in place
-        return F.batch_norm(x, mean, variance, scale, shift, True, momentum=self.averaging)
+        return F.batch_norm(x, mean, variance, scale, shift, True, self.momentum)
 
 
 class RandomWeights(Network):
@@ -580,16 +580,16 @@ def load(path, settings):
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
     if made_with["file"] != path.name:
         fail(f"{path} is a copy of a {made_with['file']}, which is not read by this name")
+    again = f"{CHAPTERS[int(path.name[:2]) - 1]} as it was run for it, and --restart, makes it anew"
     for name, value in {**settings, "file": path.name}.items():
         old = made_with.get(name)
         if old != value:  # a folder of images that has moved goes on by its old name
-            way = shlex.join([f"--{name}={old}"]) if name in COMMON else "--restart"
-            fail(f"{path}: {name} was {old}, not {value}: {way} or other --out")
+            way = shlex.join([f"--{name}={old}"]) if name in COMMON else again
+            fail(f"{path}: {name} was {old}, not {value}: {way}; or take another --out")
     for name, mark in made_from.items():
         source = path.with_name(name)
         if source.exists() and checksum(source.read_bytes()) != mark:
-            mend = f"{CHAPTERS[int(path.name[:2]) - 1]} --restart makes it anew"
-            fail(f"{path} is stale: {name} is another one by now: {mend}")
+            fail(f"{path} is stale: {name} is another one by now: {again}")
     return {**loaded, "mark": checksum(content)}
 
 
@@ -610,7 +610,7 @@ PRESETS = ["paper", "quick", "tiny"]
 COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
     "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
-    "preset": {"choices": PRESETS, "help": "of all numbers below; default: paper, for toy tiny"},
+    "preset": {"choices": PRESETS, "help": "of networks and numbers; default: paper, for toy tiny"},
     "out": {"type": Path, "help": "default: runs/<dataset>-<net>[-<preset>][-seed<seed>]"},
     "seed": {"default": 0, "type": int},
     "device": {"help": "cpu, cuda or cuda:N; default: cuda if there is one"},

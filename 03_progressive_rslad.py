@@ -44,7 +44,7 @@ import torch.nn.functional as F
 # ---- The lesson: progressive sampling and RSLAD --------------------------------------------------
 # fmt: off
 FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
-    "epochs": (120, 4, 2, 1, 10**6, "epochs of each of three phases; paper 120 (section 5.0.1)"),
+    "epochs": (120, 4, 2, 1, 10**6, "of each of three phases (fixed: a third); paper 120 (5.0.1)"),
     "lr": (0.01, 0.02, 0.05, 0, 1e3, "learning rate, times warm-up or cosine; paper 0.01"),
     "warmup": (5 / 120, 0.1, 0.1, 1e-9, 1, "share of a phase in which lr rises; paper silent"),
     "batch_size": (128, 128, 64, 1, 10**6, "images in an iteration; paper 128"),
@@ -87,17 +87,21 @@ def main():
     )
     if (args.sampling == "fixed") != bool(args.student):
         fail("--sampling fixed and --student NAME go together")
+    if args.teacher and args.teacher.stem == "teacher":  # files of ours are named by it
+        fail(f"--teacher {args.teacher}: give it another name, as wrn.pt2")
     start = args.start or ("random" if args.student else "teacher")
     device, precision, where = pick_device(args)
-    needed = ["01_dynamic_net.pt", "02_teacher.pt"]
+    needed = ["01_images.pt", "01_dynamic_net.pt", "02_teacher.pt"]
     if args.teacher and start == "random":
         needed.pop()
     run_missing(args, *needed)
     net = load(args.out / "01_dynamic_net.pt", args.common)
-    trained = load(args.out / "02_teacher.pt", net["settings"]) if len(needed) == 2 else None
+    trained = load(args.out / "02_teacher.pt", net["settings"]) if len(needed) == 3 else None
     data = load_images(args, net, device)
     batch = min(args.batch_size, len(data["train"]))
     batches = len(data["train"]) // batch  # of an epoch; an incomplete batch is left out
+    if batches * args.epochs == 1:  # the last iteration's learning rate is 0
+        fail("with one iteration nothing is learned: take more --epochs")
     base = named_student(args, net) if args.student else student_at(net, -1)  # what does not vary
     begin_with = trained if start == "teacher" else net  # which has chapter 1's random weights
     if args.teacher:
@@ -165,9 +169,12 @@ def main():
             share = (epoch_of_phase + (i + 1) / batches) / epochs_of_phase  # of the phase
             cosine = (1 + math.cos(math.pi * share)) / 2  # from 1 to 0 in each phase
             optimizer.param_groups[0]["lr"] = args.lr * min(share / args.warmup, cosine)
-            optimizer.zero_grad()  # gradients are None: SGD skips layers that this student lacks.
-            loss.backward()  # Through the slices into the shared weights (equation 3).
-            optimizer.step()  # Outside the slice a layer moves, too, by momentum and decay alone.
+            # Gradients flow through the slices into the shared weights (equation 3). SGD skips
+            # layers that this student lacks, whose gradients are None; of the others what is
+            # outside the slice moves, too, by momentum and decay.
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
             losses[i] = torch.stack([loss, natural_kl, adversarial_kl]).detach()
 
         row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
@@ -228,9 +235,11 @@ def exported_network(path, x, classes):  # exits if it does not give images x a 
     except Exception:  # of many kinds
         fail(f"--teacher {path}: not what torch.export.save wrote, or of a newer torch")
     try:
-        network(x).view(len(x), classes)
+        shape = tuple(network(x).shape)
     except Exception as error:  # of many kinds
-        fail(f"--teacher {path}: {len(x)} images, {classes} logits: {str(error).splitlines()[0]}")
+        fail(f"--teacher {path}, given {len(x)} images: {str(error).splitlines()[0]}")
+    if shape != (len(x), classes):
+        fail(f"--teacher {path} answers {shape}, not the logits {(len(x), classes)}")
     return network
 
 
@@ -267,7 +276,7 @@ def calibrated(network, images, batch=250):
     images, augmented as in training. What reaches a layer depends on the student, so none would
     suit all."""
     for i, x in enumerate(images.split(batch)):
-        network.averaging = len(x) / (i * batch + len(x))  # a plain average
+        network.momentum = len(x) / (i * batch + len(x))  # a plain average
         network(x / 255)
     return network.fold_norms()
 
@@ -277,7 +286,7 @@ def judge(network, images, labels, eps, step_size, steps, batch=100):
     """(natural, robust), bool (N,): which uint8 images are right, and which still are after PGD. It
     climbs the cross-entropy, as all papers report it: judging asks for a wrong class, training for
     any change of the answer. It starts at one place of the ball for all images: no answer depends
-    on the batch. FGSM, which is PGD of one step, starts at the image."""
+    on the batch. PGD of one step starts at the image, as FGSM, whose step is eps."""
     noise = 2 * torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
     noise = noise.to(images.device) * (eps if steps > 1 else 0)
     natural = torch.cat([network(x / 255).argmax(1) for x in images.split(batch)]) == labels
@@ -334,14 +343,23 @@ def moved(content, device, learn=False):
 
 
 def run_missing(args, *files):
-    """Run each earlier chapter whose file is missing; if stopped, it stops the one that runs."""
-    for name, script in zip(files, CHAPTERS):
+    """Run each earlier chapter one of whose files is missing."""
+    for name in files:
+        script = CHAPTERS[int(name[:2]) - 1]
         if not (args.out / name).exists():
             print(f"{args.out / name} is missing: running {script}\n")
-            command = [sys.executable, Path(__file__).resolve().with_name(script), *args.given]
-            command += [f"--sampling={args.sampling}"] if script[:2] >= "03" else []
-            if subprocess.run(command).returncode:
-                raise SystemExit(2)  # it has said why
+            flags = [f"--sampling={args.sampling}"] if script[:2] >= "03" else []
+            run_other(args, script, *flags)
+
+
+def run_other(args, script, *flags):
+    """Run another chapter; exits if it fails. If this one is stopped, that one is, too."""
+    command = [sys.executable, Path(__file__).resolve().with_name(script), *args.given, *flags]
+    code = subprocess.run(command).returncode
+    if code < 0:
+        fail(f"{script} was killed by signal {-code}: is there too little memory?")
+    if code:
+        raise SystemExit(2)  # it has said why
 
 
 def load_images(args, net, device):
@@ -364,8 +382,8 @@ def named_student(args, net):
 
 
 def counted(name, begin, end, rounds=1):
-    """range(begin, end), that says every ten seconds how far it is, and the time left for it and
-    for as many rounds as it, in minutes."""
+    """range(begin, end), with a line every ten seconds: how far it is, and the minutes left for so
+    many rounds, as epochs are."""
     begun = said = time.monotonic()
     for i in range(begin, end):
         if time.monotonic() - said > 10:
@@ -399,7 +417,7 @@ class Slices:
     def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
         """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
         if name not in self.slices:
-            with torch.enable_grad():  # for later calls; the first one may be without
+            with torch.enable_grad():  # for later calls; the first one may be under no_grad
                 inputs = 1 if depthwise else x.shape[1]
                 weight = self.shared[name][:out, :inputs]
                 while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
@@ -457,7 +475,7 @@ class Network(Slices):
         super().__init__(shared)
         self.net, self.choice = net, dict(zip(net["genes"], student))
         self.stats = {}  # {layer: (mean, variance) of its output's channels}
-        self.averaging = 1.0  # the next batch's weight in them: 1 keeps that of the last one alone
+        self.momentum = 1.0  # of these averages: 1 keeps those of the last batch alone
         self.folded = False  # whether batch norm has become part of the convolutions
 
     def __call__(self, x):
@@ -529,7 +547,7 @@ class Network(Slices):
         if name not in self.stats:
             self.stats[name] = scale.new_zeros(2, out)
         mean, variance = self.stats[name]  # which batch_norm updates in place
-        return F.batch_norm(x, mean, variance, scale, shift, True, momentum=self.averaging)
+        return F.batch_norm(x, mean, variance, scale, shift, True, self.momentum)
 
 
 def augment(images):
@@ -594,16 +612,16 @@ def load(path, settings):
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
     if made_with["file"] != path.name:
         fail(f"{path} is a copy of a {made_with['file']}, which is not read by this name")
+    again = f"{CHAPTERS[int(path.name[:2]) - 1]} as it was run for it, and --restart, makes it anew"
     for name, value in {**settings, "file": path.name}.items():
         old = made_with.get(name)
         if old != value:  # a folder of images that has moved goes on by its old name
-            way = shlex.join([f"--{name}={old}"]) if name in COMMON else "--restart"
-            fail(f"{path}: {name} was {old}, not {value}: {way} or other --out")
+            way = shlex.join([f"--{name}={old}"]) if name in COMMON else again
+            fail(f"{path}: {name} was {old}, not {value}: {way}; or take another --out")
     for name, mark in made_from.items():
         source = path.with_name(name)
         if source.exists() and checksum(source.read_bytes()) != mark:
-            mend = f"{CHAPTERS[int(path.name[:2]) - 1]} --restart makes it anew"
-            fail(f"{path} is stale: {name} is another one by now: {mend}")
+            fail(f"{path} is stale: {name} is another one by now: {again}")
     return {**loaded, "mark": checksum(content)}
 
 
@@ -624,7 +642,7 @@ PRESETS = ["paper", "quick", "tiny"]
 COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
     "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
-    "preset": {"choices": PRESETS, "help": "of all numbers below; default: paper, for toy tiny"},
+    "preset": {"choices": PRESETS, "help": "of networks and numbers; default: paper, for toy tiny"},
     "out": {"type": Path, "help": "default: runs/<dataset>-<net>[-<preset>][-seed<seed>]"},
     "seed": {"default": 0, "type": int},
     "device": {"help": "cpu, cuda or cuda:N; default: cuda if there is one"},

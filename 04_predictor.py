@@ -18,7 +18,7 @@ New here: main to pictures; attack, judging and network are as in chapters 1 and
 
 reads   01_images.pt, 01_dynamic_net.pt, 02_teacher.pt, 03_progressive.pt   (made first if missing)
 writes  04_students.csv      a row for each measured student; 04_students.pt to go on from there
-        04_predictions.csv   measured and predicted accuracy of the students held out
+        04_predictions.csv   measured and predicted accuracy of the test students
         04_report.csv        how far they are apart
         04_widths.csv        figure 6: the teacher, and students that differ in width (kernel) alone
         04_pictures.png      images, what an attack adds, the sum, and how they are classified
@@ -53,7 +53,7 @@ FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
     "eps": (8.0, 8.0, 8.0, 0.2, 255, "change of a pixel, in 1/255: for 0.031 (paper) write 7.9"),
     "step_size": (1.81, 1.81, 1.81, 0.02, 255, "in 1/255: for 0.0071 (paper) write 1.81"),
     "steps": (20, 20, 10, 1, 10**4, "of the attack; paper 20"),
-    "epochs": (30, 30, 30, 1, 10**6, "of the predictor; paper 30"),
+    "epochs": (30, 30, 30, 1, 10**6, "of the predictor (others: delete its .pt first); paper 30"),
 }
 # fmt: on
 
@@ -65,7 +65,8 @@ HIDDEN = [400] * 6  # widths of the predictor's hidden layers (released code)
 def main():
     args = read_flags(sampling={"choices": ["progressive", "random"], "default": "progressive"})
     device = pick_device(args)[0]
-    run_missing(args, "01_dynamic_net.pt", "02_teacher.pt", f"03_{args.sampling}.pt")
+    before = "01_images.pt", "01_dynamic_net.pt", "02_teacher.pt", f"03_{args.sampling}.pt"
+    run_missing(args, *before)
     net = load(args.out / "01_dynamic_net.pt", args.common)
     trained = load(args.out / f"03_{args.sampling}.pt", net["settings"])
     end = "_random" if args.sampling == "random" else ""
@@ -195,7 +196,7 @@ def compare(measured, first_half, predicted):
     moves by: how far two labels of a student would differ, on two sets of n images, less what moves
     all students alike. If a label has the variance v, one on half of the images has 2 v, and the
     difference between both halves 4 v: twice the 2 v of two labels. The best of all predictors has
-    an RMSE of sqrt(v), which is this / sqrt(2).
+    an RMSE of sqrt(v), the noise of a label, which is this / sqrt(2).
     """
     test = measured[-len(predicted) :]
     error = (predicted - test).square().mean(0).sqrt()
@@ -276,7 +277,7 @@ def calibrated(network, images, batch=250):
     images, augmented as in training. What reaches a layer depends on the student, so none would
     suit all."""
     for i, x in enumerate(images.split(batch)):
-        network.averaging = len(x) / (i * batch + len(x))  # a plain average
+        network.momentum = len(x) / (i * batch + len(x))  # a plain average
         network(x / 255)
     return network.fold_norms()
 
@@ -286,7 +287,7 @@ def judge(network, images, labels, eps, step_size, steps, batch=100):
     """(natural, robust), bool (N,): which uint8 images are right, and which still are after PGD. It
     climbs the cross-entropy, as all papers report it: judging asks for a wrong class, training for
     any change of the answer. It starts at one place of the ball for all images: no answer depends
-    on the batch. FGSM, which is PGD of one step, starts at the image."""
+    on the batch. PGD of one step starts at the image, as FGSM, whose step is eps."""
     noise = 2 * torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
     noise = noise.to(images.device) * (eps if steps > 1 else 0)
     natural = torch.cat([network(x / 255).argmax(1) for x in images.split(batch)]) == labels
@@ -326,14 +327,23 @@ def moved(content, device, learn=False):
 
 
 def run_missing(args, *files):
-    """Run each earlier chapter whose file is missing; if stopped, it stops the one that runs."""
-    for name, script in zip(files, CHAPTERS):
+    """Run each earlier chapter one of whose files is missing."""
+    for name in files:
+        script = CHAPTERS[int(name[:2]) - 1]
         if not (args.out / name).exists():
             print(f"{args.out / name} is missing: running {script}\n")
-            command = [sys.executable, Path(__file__).resolve().with_name(script), *args.given]
-            command += [f"--sampling={args.sampling}"] if script[:2] >= "03" else []
-            if subprocess.run(command).returncode:
-                raise SystemExit(2)  # it has said why
+            flags = [f"--sampling={args.sampling}"] if script[:2] >= "03" else []
+            run_other(args, script, *flags)
+
+
+def run_other(args, script, *flags):
+    """Run another chapter; exits if it fails. If this one is stopped, that one is, too."""
+    command = [sys.executable, Path(__file__).resolve().with_name(script), *args.given, *flags]
+    code = subprocess.run(command).returncode
+    if code < 0:
+        fail(f"{script} was killed by signal {-code}: is there too little memory?")
+    if code:
+        raise SystemExit(2)  # it has said why
 
 
 def load_images(args, net, device):
@@ -346,8 +356,8 @@ def load_images(args, net, device):
 
 
 def counted(name, begin, end, rounds=1):
-    """range(begin, end), that says every ten seconds how far it is, and the time left for it and
-    for as many rounds as it, in minutes."""
+    """range(begin, end), with a line every ten seconds: how far it is, and the minutes left for so
+    many rounds, as epochs are."""
     begun = said = time.monotonic()
     for i in range(begin, end):
         if time.monotonic() - said > 10:
@@ -368,7 +378,7 @@ class Slices:
     def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
         """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
         if name not in self.slices:
-            with torch.enable_grad():  # for later calls; the first one may be without
+            with torch.enable_grad():  # for later calls; the first one may be under no_grad
                 inputs = 1 if depthwise else x.shape[1]
                 weight = self.shared[name][:out, :inputs]
                 while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
@@ -426,7 +436,7 @@ class Network(Slices):
         super().__init__(shared)
         self.net, self.choice = net, dict(zip(net["genes"], student))
         self.stats = {}  # {layer: (mean, variance) of its output's channels}
-        self.averaging = 1.0  # the next batch's weight in them: 1 keeps that of the last one alone
+        self.momentum = 1.0  # of these averages: 1 keeps those of the last batch alone
         self.folded = False  # whether batch norm has become part of the convolutions
 
     def __call__(self, x):
@@ -498,7 +508,7 @@ class Network(Slices):
         if name not in self.stats:
             self.stats[name] = scale.new_zeros(2, out)
         mean, variance = self.stats[name]  # which batch_norm updates in place
-        return F.batch_norm(x, mean, variance, scale, shift, True, momentum=self.averaging)
+        return F.batch_norm(x, mean, variance, scale, shift, True, self.momentum)
 
 
 # ---- Files and flags, the same in every chapter --------------------------------------------------
@@ -554,16 +564,16 @@ def load(path, settings):
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
     if made_with["file"] != path.name:
         fail(f"{path} is a copy of a {made_with['file']}, which is not read by this name")
+    again = f"{CHAPTERS[int(path.name[:2]) - 1]} as it was run for it, and --restart, makes it anew"
     for name, value in {**settings, "file": path.name}.items():
         old = made_with.get(name)
         if old != value:  # a folder of images that has moved goes on by its old name
-            way = shlex.join([f"--{name}={old}"]) if name in COMMON else "--restart"
-            fail(f"{path}: {name} was {old}, not {value}: {way} or other --out")
+            way = shlex.join([f"--{name}={old}"]) if name in COMMON else again
+            fail(f"{path}: {name} was {old}, not {value}: {way}; or take another --out")
     for name, mark in made_from.items():
         source = path.with_name(name)
         if source.exists() and checksum(source.read_bytes()) != mark:
-            mend = f"{CHAPTERS[int(path.name[:2]) - 1]} --restart makes it anew"
-            fail(f"{path} is stale: {name} is another one by now: {mend}")
+            fail(f"{path} is stale: {name} is another one by now: {again}")
     return {**loaded, "mark": checksum(content)}
 
 
@@ -584,7 +594,7 @@ PRESETS = ["paper", "quick", "tiny"]
 COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
     "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
-    "preset": {"choices": PRESETS, "help": "of all numbers below; default: paper, for toy tiny"},
+    "preset": {"choices": PRESETS, "help": "of networks and numbers; default: paper, for toy tiny"},
     "out": {"type": Path, "help": "default: runs/<dataset>-<net>[-<preset>][-seed<seed>]"},
     "seed": {"default": 0, "type": int},
     "device": {"help": "cpu, cuda or cuda:N; default: cuda if there is one"},

@@ -4,7 +4,7 @@
     generation = random students                        # and the smallest, which fits any budget
     repeat:                                             # 100 times in the paper
         children = genes from two parents, some drawn anew; parents win tournaments of two
-        generation = the best half of both              # by rank, then the less crowded first
+        generation = the best half of parents and children    # by rank, then less crowded first
     chosen = the best sum of both objectives on the first front
 
 A student dominates another if it is nowhere worse and somewhere better. Rank 0, the first front, is
@@ -59,6 +59,8 @@ def main():
         figures={"action": "store_true", "help": "draw the figures of what there is"},
     )
     if args.figures:
+        if not args.out.is_dir():
+            fail(f"there is no {args.out}")
         return finish(args, [], figures(args))
     end = "_random" if args.sampling == "random" else ""
     weights, fitted = f"03_{args.sampling}.pt", f"04_predictor{end}.pt"  # files
@@ -69,20 +71,25 @@ def main():
     least, most = (cost(net, student_at(net, place))[1] / 1e6 for place in (0, -1))
     budgets = args.max_macs or [2000.0 if most > 2000 else round((least + most) / 2, 1)]
     if not all(least <= budget <= 1000 * most for budget in budgets):  # more: not in millions
-        fail(f"--max-macs is in millions, from {math.ceil(100 * least) / 100} (the smallest) on")
+        ends = f"{math.ceil(100 * least) / 100} is the smallest student's, {most:.6g} the largest's"
+        fail(f"--max-macs is in millions: {ends}")
     settings = {**net["settings"], **args.settings, "max_macs": budgets}
     if args.restart or not done.exists():
+        done.unlink(missing_ok=True)  # first: the tables are of what stands in it
         students = search(args, net, predictor, budgets, end)
-        done.unlink(missing_ok=True)
         save(done, settings, [predictor], students=students, searched=weights)
     found = load(done, settings)
     made_from = f"{found['made_from'][weights]} {found['mark']}"
-    if read_csv(args, "table1", made_from=made_from):  # judged, with these weights and this search
+    judged = read_csv(args, "table1", made_from=made_from)  # with these weights and this search
+    if judged and all(exported(args, name).exists() for name in found["students"]):
         return finish(args, [], [f"{done} earlier (--restart makes it anew)"])
-    command = [sys.executable, Path(__file__).resolve().with_name(CHAPTERS[1]), *args.given]
-    if subprocess.run([*command, "--judge", f"--eps={predictor['settings']['eps']}"]).returncode:
-        raise SystemExit(2)  # it has said why
+    run_other(args, CHAPTERS[1], "--judge", f"--eps={predictor['settings']['eps']}")
     finish(args, [], figures(args))
+
+
+def exported(args, name):
+    """Where chapter 2 writes a student of this name, in this folder whatever the name is."""
+    return args.out / f"{Path(name.replace('best', 'student')).name}.pt2"
 
 
 def search(args, net, predictor, budgets, end):
@@ -114,8 +121,7 @@ def search(args, net, predictor, budgets, end):
     for row in read_csv(
         args, f"05_best{end}"
     ):  # what an earlier search chose is not chosen any more
-        old = Path(row["student"].replace("best", "student")).name  # in this folder, in any case
-        (args.out / f"{old}.pt2").unlink(missing_ok=True)
+        exported(args, row["student"]).unlink(missing_ok=True)
     for name, rows in tables.items():
         write_csv(args.out / f"05_{name}{end}.csv", rows)
     shown = [{key: row[key] for key in row if key not in net["genes"]} for row in tables["best"]]
@@ -138,7 +144,7 @@ def nsga2(net, evaluate, population, generations, mutation, seed):
     much the budget is violated, (N,). Returns the first and the last generation, best first."""
     rng = random.Random(f"{seed} search")  # not the students that the predictor has learned from
 
-    def fill(students, draw):  # up to `population` more, all different
+    def fill(students, draw):  # `population` more, all different; fewer, if draw() finds none
         together = dict.fromkeys(students)  # as a set, but in order
         for _ in range(20 * population):
             if len(together) == len(students) + population:
@@ -338,14 +344,23 @@ def sample(net, rng, varies=None, base=()):
 
 # ---- Other chapters and their files, word for word as in chapter 2 -------------------------------
 def run_missing(args, *files):
-    """Run each earlier chapter whose file is missing; if stopped, it stops the one that runs."""
-    for name, script in zip(files, CHAPTERS):
+    """Run each earlier chapter one of whose files is missing."""
+    for name in files:
+        script = CHAPTERS[int(name[:2]) - 1]
         if not (args.out / name).exists():
             print(f"{args.out / name} is missing: running {script}\n")
-            command = [sys.executable, Path(__file__).resolve().with_name(script), *args.given]
-            command += [f"--sampling={args.sampling}"] if script[:2] >= "03" else []
-            if subprocess.run(command).returncode:
-                raise SystemExit(2)  # it has said why
+            flags = [f"--sampling={args.sampling}"] if script[:2] >= "03" else []
+            run_other(args, script, *flags)
+
+
+def run_other(args, script, *flags):
+    """Run another chapter; exits if it fails. If this one is stopped, that one is, too."""
+    command = [sys.executable, Path(__file__).resolve().with_name(script), *args.given, *flags]
+    code = subprocess.run(command).returncode
+    if code < 0:
+        fail(f"{script} was killed by signal {-code}: is there too little memory?")
+    if code:
+        raise SystemExit(2)  # it has said why
 
 
 def usable(path, settings):
@@ -410,16 +425,16 @@ def load(path, settings):
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
     if made_with["file"] != path.name:
         fail(f"{path} is a copy of a {made_with['file']}, which is not read by this name")
+    again = f"{CHAPTERS[int(path.name[:2]) - 1]} as it was run for it, and --restart, makes it anew"
     for name, value in {**settings, "file": path.name}.items():
         old = made_with.get(name)
         if old != value:  # a folder of images that has moved goes on by its old name
-            way = shlex.join([f"--{name}={old}"]) if name in COMMON else "--restart"
-            fail(f"{path}: {name} was {old}, not {value}: {way} or other --out")
+            way = shlex.join([f"--{name}={old}"]) if name in COMMON else again
+            fail(f"{path}: {name} was {old}, not {value}: {way}; or take another --out")
     for name, mark in made_from.items():
         source = path.with_name(name)
         if source.exists() and checksum(source.read_bytes()) != mark:
-            mend = f"{CHAPTERS[int(path.name[:2]) - 1]} --restart makes it anew"
-            fail(f"{path} is stale: {name} is another one by now: {mend}")
+            fail(f"{path} is stale: {name} is another one by now: {again}")
     return {**loaded, "mark": checksum(content)}
 
 
@@ -440,7 +455,7 @@ PRESETS = ["paper", "quick", "tiny"]
 COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
     "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
-    "preset": {"choices": PRESETS, "help": "of all numbers below; default: paper, for toy tiny"},
+    "preset": {"choices": PRESETS, "help": "of networks and numbers; default: paper, for toy tiny"},
     "out": {"type": Path, "help": "default: runs/<dataset>-<net>[-<preset>][-seed<seed>]"},
     "seed": {"default": 0, "type": int},
     "device": {"help": "cpu, cuda or cuda:N; default: cuda if there is one"},
@@ -542,9 +557,13 @@ def figures(args):
     def draw(name, *panels):
         files.extend(plot(args.out / f"{name}.svg", *panels))
 
+    def is_ours(name):  # made from what is there, or in the making
+        paths = (args.out / f"{name}{end}" for end in (".pt", ".state"))
+        return any(usable(path, args.common) for path in paths)
+
     for path in sorted(args.out.glob("0[23]_*_log.csv")):  # training curves
         rows, losses, others = read_csv(args, path.stem), {}, {}
-        for name in rows[0] if rows else []:
+        for name in rows[0] if rows and is_ours(path.stem.removesuffix("_log")) else []:
             if "loss" in name or "entropy" in name or "kl" in name:
                 losses[name] = points(rows, "epoch", name)
             elif name not in ("epoch", "lr", "seconds"):
@@ -558,6 +577,8 @@ def figures(args):
             continue
         rows = read_csv(args, f"04_students{end}")
         clouds[sampling] = points(rows, "natural", "robust", "dots")
+        if not is_ours(f"04_predictor{end}"):
+            continue
         teacher, *narrow = read_csv(args, f"04_widths{end}") or [{}]
         clouds["teacher"] = points([teacher], "natural", "robust", "rings")
         lines |= {f"{sampling}, {kind}": points(narrow, "student", kind) for kind in accuracy}
@@ -600,9 +621,10 @@ def costs(args):
     def seconds(name):
         return [float(row["seconds"]) for row in read_csv(args, name)]
 
-    logs = args.out.glob("03_fixed_*_by_teacher_log.csv")
-    alone = [sum(seconds(path.stem)) for path in logs]
-    if not alone or not seconds("05_best"):
+    found = [path.stem for path in args.out.glob("0[3-5]_*.pt") if usable(path, args.common)]
+    alone = [name for name in found if name.startswith("03_fixed") and "_by_teacher" in name]
+    alone = [sum(seconds(f"{name}_log")) for name in alone]
+    if not alone or not {"03_progressive", "04_predictor", "05_search"} <= {*found}:
         return []
     each, search = sum(alone) / len(alone), max(seconds("05_best"))
     once = sum(seconds("03_progressive_log") + seconds("04_students"))

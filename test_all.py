@@ -682,7 +682,7 @@ def test_the_search_begins_with_students_of_its_own(finished):
 def test_baselines_make_table_1_and_the_costs(folder):
     """TRADES and RSLAD of one student, by our teacher and by an exported one; three budgets."""
     out, fixed = folder / "run", ["--epochs", 1, "--sampling", "fixed", "--student"]
-    least = run(folder, 5, "--max-macs", 0.1, code=2).split()[6]  # where budgets begin, it says
+    least = run(folder, 5, "--max-macs", 0.1, code=2).split()[5]  # where budgets begin, it says
     run(folder, 5, "--max-macs", least, 2.3, 2.3000001, "--restart")
     rows = [row for row in rows_of(out / "05_population.csv") if row["generation"] == "first"]
     fit = [row for row in rows if float(row["macs"]) <= 1e6 * float(row["max_macs"])]
@@ -719,6 +719,10 @@ def test_baselines_make_table_1_and_the_costs(folder):
     assert "50 devices: " in printed and "02_teacher_log.svg" in printed
     assert "table 1: eps 4.0/255, the predictor: 6.0/255" in printed
     assert "on test images, eps 4.0/255" in (out / "05_population.svg").read_text()
+    for name in ("03_fixed_usual_by_teacher", "04_predictor"):  # of what is not there nothing
+        (out / f"{name}.pt").unlink()
+    printed = run(folder, 5, "--figures")
+    assert not any(part in printed for part in ("50 devices", "by_teacher_log", "04_widths"))
 
 
 # ---- Stops: killed at any moment, the same command ends with the same files ----------------------
@@ -747,13 +751,21 @@ def test_stopped_at_any_moment(finished, tmp_path, monkeypatch):
     assert stops > 2 and contents(finished / "run") == contents(tmp_path / "run")
 
 
-def test_no_row_is_lost_where_a_table_could_not_be_written(folder, monkeypatch):
+@pytest.mark.parametrize("number, last", [(4, 12), (5, 20)])
+def test_nothing_is_lost_where_a_table_could_not_be_written(folder, monkeypatch, number, last):
     before, write_csv = contents(folder / "run"), c4.write_csv
-    full = lambda path, rows: c4.fail("full") if len(rows) == 12 else write_csv(path, rows)
+    full = lambda path, rows: c4.fail("full") if len(rows) == last else write_csv(path, rows)
     with monkeypatch.context() as patch:
-        patch.setattr(c4, "write_csv", full)
-        run(folder, 4, "--restart", code=2)
-    run(folder, 4)
+        patch.setattr(CHAPTERS[number - 1], "write_csv", full)
+        run(folder, number, "--restart", code=2)
+    run(folder, number)
+    assert before == contents(folder / "run")
+
+
+def test_what_is_missing_is_made_the_same(folder):
+    before = contents(folder / "run")
+    (folder / "run/01_images.pt").unlink()
+    assert "01_images.pt is missing: running 01" in run(folder, 2)
     assert before == contents(folder / "run")
 
 
@@ -831,6 +843,8 @@ def test_what_is_not_ours_is_passed_over_and_kept(folder):
     named = SimpleNamespace(out=out, student="best")  # beside a search that is not ours
     assert c2.named_student(named, net) == search["students"]["best"]
     run(folder, 5, "--restart", "--max-macs", 0.5, 1)
+    (out / "student_1M.pt2").unlink()
+    run(folder, 5, "--max-macs", 0.5, 1)  # makes it again
     names = {path.stem for path in out.glob("student*")}
     assert names == {"student_phone", "student_0.5M", "student_1M"}
     for copy, source in copies.items():
@@ -891,6 +905,16 @@ def test_what_fails_is_named(folder, monkeypatch, error, says):
         monkeypatch.setattr(Path, "write_bytes", fail)
         says = "run/01_images.pt could not be read or written: No space left on device"
         assert says in run(folder, 1, "--restart", code=2)
+
+
+def test_a_killed_chapter_and_a_teacher_with_other_answers_are_named(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda command: SimpleNamespace(returncode=-9))
+    with pytest.raises(SystemExit, match="a.py was killed by signal 9"):
+        c5.run_other(SimpleNamespace(given=[]), "a.py")
+    program = SimpleNamespace(module=nn.Identity)  # answers (B, classes, 1, 1), not (B, classes)
+    monkeypatch.setattr(torch.export, "load", lambda path: program)
+    with pytest.raises(SystemExit, match="not the logits"):
+        c3.exported_network("wrn.pt2", torch.rand(4, 3, 1, 1), 3)
 
 
 # ---- Bad input: one line, exit code 2, nothing lost ----------------------------------------------
@@ -958,12 +982,16 @@ BAD_FLAGS = """
 3 --teacher shades/train/dark/0.png --restart: --teacher shades
 3 --teacher run/02_teacher.pt --restart: not what torch.export.save wrote
 3 --lr 1e3 --warmup 0.001 --restart: loss is not finite
-3 --epochs 3: epochs was 2, not 3: --restart
+3 --epochs 3: epochs was 2, not 3: 03_progressive_rslad.py as it was run for it, and --restart
+3 --teacher run/teacher.pt2: give it another name
+2 --batch-size 200 --epochs 1 --restart: nothing is learned
+3 --batch-size 200 --epochs 1 --restart: nothing is learned
 4 --eps 0.031: in 1/255: for 0.031 (paper) write 7.9
 4 --test-students 100000: test_students is 100000, not 2 to 3000
 5 --population 100000: population is 100000, not 2 to 5000
 5 --mutation 1.5: mutation is 1.5, not 0 to 1
-5 --preset quick: preset was tiny, not quick: --preset=tiny or other --out
+5 --preset quick: preset was tiny, not quick: --preset=tiny; or take another --out
+5 --figures --out nowhere: there is no nowhere
 5 --max-macs 2e6: --max-macs is in millions
 """
 

@@ -57,13 +57,11 @@ FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
 }
 # fmt: on
 
+KINDS = "width", "kernel", "depth", "expand"  # ResNet has no kernels, MobileNetV3 no widths
+
 VARIES = {  # figure 4: the kinds of genes that vary in each of the three phases
-    "progressive": [
-        ("width", "kernel"),
-        ("width", "kernel", "depth"),
-        ("width", "kernel", "depth", "expand"),
-    ],
-    "random": [("width", "kernel", "depth", "expand")] * 3,
+    "progressive": [KINDS[:2], KINDS[:3], KINDS],
+    "random": [KINDS] * 3,
     "fixed": [()],  # none, in one phase as long as the three
 }
 
@@ -77,13 +75,9 @@ def main():
         student={"help": "for --sampling fixed: a name in 01_students.csv or 05_best.csv"},
         start={
             "choices": ["teacher", "random"],
-            "help": "first weights; default: the teacher's, but for --sampling fixed random",
+            "help": "first weights; default: teacher (fixed: random)",
         },
-        teacher={
-            "type": Path,
-            "help": "learn from another network, FILE.pt2 made by torch.export, "
-            "that takes (B, 3, 32, 32) in [0, 1]",
-        },
+        teacher={"type": Path, "help": "another teacher: FILE.pt2, made by torch.export (README)"},
     )
     if (args.sampling == "fixed") != bool(args.student):
         fail("--sampling fixed and --student NAME go together")
@@ -656,11 +650,8 @@ def read_flags(**others):
     for flag, (*values, least, most, text) in FLAGS.items():
         text += f"; {least} to {most}; presets {values}"
         others[flag] = {"type": type(values[0]), "help": text}
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = fail
     for flag, options in {**COMMON, **others}.items():
         parser.add_argument(f"--{flag.replace('_', '-')}", **options)

@@ -469,11 +469,8 @@ def read_flags(**others):
     for flag, (*values, least, most, text) in FLAGS.items():
         text += f"; {least} to {most}; presets {values}"
         others[flag] = {"type": type(values[0]), "help": text}
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = fail
     for flag, options in {**COMMON, **others}.items():
         parser.add_argument(f"--{flag.replace('_', '-')}", **options)

@@ -425,12 +425,12 @@ def load(path, settings):
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
     if made_with["file"] != path.name:
         fail(f"{path} is a copy of a {made_with['file']}, which is not read by this name")
-    again = f"{CHAPTERS[int(path.name[:2]) - 1]} as it was run for it, and --restart, makes it anew"
+    again = f"run {CHAPTERS[int(path.name[:2]) - 1]} with its flags and --restart"
     for name, value in {**settings, "file": path.name}.items():
         old = made_with.get(name)
         if old != value:  # a folder of images that has moved goes on by its old name
             way = shlex.join([f"--{name}={old}"]) if name in COMMON else again
-            fail(f"{path}: {name} was {old}, not {value}: {way}; or take another --out")
+            fail(f"{path}: {name} was {old}, not {value}: {way} or take another --out")
     for name, mark in made_from.items():
         source = path.with_name(name)
         if source.exists() and checksum(source.read_bytes()) != mark:

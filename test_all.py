@@ -770,7 +770,7 @@ def test_what_is_missing_is_made_the_same(folder):
 
 
 def test_a_state_holds_log_and_best_epoch_and_is_written_whole_or_not(tmp_path, monkeypatch):
-    weights, state = {"w": torch.ones(2, requires_grad=True)}, tmp_path / "a.state"
+    weights, state = {"w": torch.ones(2, requires_grad=True)}, tmp_path / "02_a.state"
     sgd = torch.optim.SGD(weights.values(), momentum=0.9)
     c2.save(state, {}, [], weights=weights, sgd=sgd.state_dict(), rows=[1], best={"robust": 2})
     full = lambda path, content: path.open("wb").write(content[:99]) / 0  # of a disk
@@ -800,7 +800,7 @@ def test_a_chapter_that_is_stopped_takes_its_child_along(folder):
 def test_what_is_stale_is_said_and_never_used(folder):
     run(folder, 2, "--student", "best", "--epochs", 1)
     run(folder, 3, "--restart", "--epochs", 1)
-    stale = "04_predictor.pt is stale: 03_progressive.pt is another one by now: 04_predictor.py"
+    stale = "04_predictor.pt is stale: 03_progressive.pt is another one by now: run 04_predictor.py"
     for words in ([], ["--restart"]):
         assert stale in run(folder, 5, *words, code=2)
     judged = run(folder, 2, "--judge")
@@ -982,7 +982,7 @@ BAD_FLAGS = """
 3 --teacher shades/train/dark/0.png --restart: --teacher shades
 3 --teacher run/02_teacher.pt --restart: not what torch.export.save wrote
 3 --lr 1e3 --warmup 0.001 --restart: loss is not finite
-3 --epochs 3: epochs was 2, not 3: 03_progressive_rslad.py as it was run for it, and --restart
+3 --epochs 3: epochs was 2, not 3: run 03_progressive_rslad.py with its flags and --restart
 3 --teacher run/teacher.pt2: give it another name
 2 --batch-size 200 --epochs 1 --restart: nothing is learned
 3 --batch-size 200 --epochs 1 --restart: nothing is learned
@@ -990,7 +990,7 @@ BAD_FLAGS = """
 4 --test-students 100000: test_students is 100000, not 2 to 3000
 5 --population 100000: population is 100000, not 2 to 5000
 5 --mutation 1.5: mutation is 1.5, not 0 to 1
-5 --preset quick: preset was tiny, not quick: --preset=tiny; or take another --out
+5 --preset quick: preset was tiny, not quick: --preset=tiny or take another --out
 5 --figures --out nowhere: there is no nowhere
 5 --max-macs 2e6: --max-macs is in millions
 """
@@ -1043,7 +1043,7 @@ def test_two_data_sets_of_one_name_are_told_apart(folder):
     shutil.copytree(folder / "shades", folder / "other/shades")  # or the same one, moved there
     said = run(folder, 5, "--dataset", "other/shades", code=2)
     assert f"dataset was {(folder / 'shades').resolve()}, not {folder}/other/shades: " in said
-    assert "earlier" in run(folder, 2, said.split()[-4])  # what it says goes on
+    assert "earlier" in run(folder, 2, said.split()[-5])  # what it says goes on
     (folder / "toy/train").mkdir(parents=True)
     assert "write ./toy" in run(folder, 1, "--dataset", "toy", "--out", "new", code=2)
 

@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6", "torchvision", "numpy", "pytest"]
 # ///
-"""Tests of the five chapters: `pytest test_all.py`, four to six minutes on two CPU cores.
+"""Tests of the five chapters: `pytest test_all.py`, four to ten minutes on two CPU cores.
 
 The chain runs first, as a user runs it, on toy, with both networks; what it has made is looked at
 last. Beside it the method is held against oracles: textbook losses, closed forms, brute force,

@@ -118,9 +118,8 @@ def search(args, net, predictor, budgets, end):
         tables["front"] += [rows[i] for i in front]
         more = {"eps": predictor["settings"]["eps"], "seconds": time.monotonic() - begun}
         tables["best"].append({"student": name, **rows[pick], **more})
-    for row in read_csv(
-        args, f"05_best{end}"
-    ):  # what an earlier search chose is not chosen any more
+    # What an earlier search chose is not chosen any more.
+    for row in read_csv(args, f"05_best{end}"):
         exported(args, row["student"]).unlink(missing_ok=True)
     for name, rows in tables.items():
         write_csv(args.out / f"05_{name}{end}.csv", rows)
@@ -233,7 +232,8 @@ def read_csv(args, name, **wanted):
 # ---- What a student costs ------------------------------------------------------------------------
 def cost(net, student):
     """(parameters, MACs of one 3x32x32 image) of a student, layer by layer; by formula, since a
-    search asks for thousands. What chapter 1 counted, and a test holds them equal."""
+    search asks for thousands. Chapter 1 counts the same from the network; a test holds them equal.
+    """
     choice, side = dict(zip(net["genes"], student)), 32 // net["stem_stride"]
     params = macs = 0
 

@@ -134,7 +134,7 @@ CHAIN = {  # how each network's chain is run: the README's way; and chapter by c
     "mbv3": {
         2: ["--epochs=3"],
         3: ["--epochs=1"],
-        4: ["--students=24", "--test-students=6"],
+        4: ["--students=16", "--test-students=4"],
         5: [],
     },
 }
@@ -169,7 +169,7 @@ def chains(request, tmp_path_factory):
             os.killpg(process.pid, signal.SIGTERM)  # the chapter that it runs, too
 
 
-@pytest.fixture(params=["resnet50", "mbv3"])
+@pytest.fixture(scope="session", params=["mbv3", "resnet50"])  # the shorter one first
 def chain(request, chains):
     return request.param, *chains(request.param)
 
@@ -195,6 +195,12 @@ def folder(finished, tmp_path):
     shutil.copytree(finished / "run", tmp_path / "run")
     os.symlink(finished / "shades", tmp_path / "shades")
     return tmp_path
+
+
+@pytest.fixture
+def quick_export(monkeypatch):
+    """For tests that do not look into what is exported, which takes a second each time."""
+    monkeypatch.setattr(c2, "export", lambda network, path, names: path.touch())
 
 
 # ---- Chapter 1: the dynamic network --------------------------------------------------------------
@@ -812,7 +818,7 @@ def test_a_chapter_that_is_stopped_takes_its_child_along(folder):
 
 
 # ---- Nothing stale, nothing of the user's lost ---------------------------------------------------
-def test_what_is_stale_is_said_and_never_used(folder):
+def test_what_is_stale_is_said_and_never_used(folder, quick_export):
     run(folder, 2, "--student", "best", "--epochs", 1)
     run(folder, 3, "--restart", "--epochs", 1)
     stale = "04_predictor.pt is stale: 03_progressive.pt is another one by now: run 04_predictor.py"
@@ -834,7 +840,7 @@ def test_what_is_stale_is_said_and_never_used(folder):
         assert f"{file}.pt is stale: 02_teacher.pt" in run(folder, number, *words, code=2)
 
 
-def test_a_name_that_means_another_student_by_now_is_passed_over(folder):
+def test_a_name_that_means_another_student_by_now_is_passed_over(folder, quick_export):
     run(folder, 2, "--student", "best", "--epochs", 1)
     net, search = read(folder / "run", "01_dynamic_net", "05_search")
     search["students"]["best"] = c1.student_at(net, -1)
@@ -843,7 +849,7 @@ def test_a_name_that_means_another_student_by_now_is_passed_over(folder):
     assert "02_best" not in (folder / "run/table1.csv").read_text()
 
 
-def test_what_is_not_ours_is_passed_over_and_kept(folder):
+def test_what_is_not_ours_is_passed_over_and_kept(folder, quick_export):
     out = folder / "run"
     copies = {out / "student_phone.pt2": out / "student.pt2"}
     copies[out / "02_teacher_backup.pt"] = out / "02_teacher.pt"

@@ -1170,7 +1170,9 @@ def test_students_are_robust(chain):
     rows = rows_of(chain[1] / "04_students.csv")
     natural, robust = np.array([(row["natural"], row["robust"]) for row in rows], dtype=float).T
     assert (robust <= natural).all()
-    assert natural.mean() > 0.4 and robust.mean() > 0.25  # chance is 0.11
+    assert (
+        natural.mean() > 0.6 and robust.mean() > 0.4
+    )  # not distilled, or not for robustness: less
 
 
 def test_the_search_keeps_its_budget_and_table_1_judges_for_real(chain):

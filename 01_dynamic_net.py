@@ -106,7 +106,8 @@ def main():
     images = read_images(args)
     for old in (checkpoint, args.out / "01_images.pt"):
         old.unlink(missing_ok=True)
-    mark = save(args.out / "01_images.pt", args.common, [], **images)
+    save(args.out / "01_images.pt", args.common, [], **images)
+    images = load(args.out / "01_images.pt", args.common)  # which adds its checksum
     counts = ", ".join(f"{len(images[part])} {part}" for part in ("train", "held_out", "test"))
     summary = f"{args.dataset}: {counts} images; logits in this order: {', '.join(images['names'])}"
     print(summary)
@@ -135,8 +136,8 @@ def main():
         row = {"student": name, "M parameters": params / 1e6, "M MACs": macs / 1e6}
         table.append({**row, "alone it differs": (alone(x) - logits).abs().max().item()})
     write_csv(args.out / "01_students.csv", rows)
-    settings = args.common | {"data": mark}  # by which later chapters notice other images
-    save(checkpoint, settings, [], weights=shared, students=students, summary=summary, **net)
+    made = {"weights": shared, "students": students, "summary": summary, **net}
+    save(checkpoint, args.common, [images], **made)
     files = "01_images.pt", "01_students.csv", "01_dynamic_net.pt"
     finish(args, table, [args.out / name for name in files], CHAPTERS[1])
 
@@ -552,8 +553,8 @@ def write_csv(path, rows):
 
 
 def save(path, settings, sources, **content):
-    """Write what load() reads; its checksum. It remembers those of its sources, which load() gave.
-    A file that another run has written, with other settings, is not overwritten."""
+    """Write what load() reads, with the checksums of its sources, which load() gave. A file that
+    another run has written, with other settings, is not overwritten."""
     settings, made_from = {**settings, "file": path.name}, {}
     if path.exists():
         there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -564,7 +565,6 @@ def save(path, settings, sources, **content):
     buffer = io.BytesIO()
     torch.save({"settings": settings, "made_from": made_from, **content}, buffer)
     write(path, buffer.getvalue())
-    return checksum(buffer.getvalue())
 
 
 def load(path, settings):
@@ -597,13 +597,8 @@ def checksum(content):
     return hashlib.sha256(content).hexdigest()[:12]
 
 
-CHAPTERS = [
-    "01_dynamic_net.py",
-    "02_teacher_trades.py",
-    "03_progressive_rslad.py",
-    "04_predictor.py",
-    "05_nsga2.py",
-]
+CHAPTERS = """01_dynamic_net.py 02_teacher_trades.py 03_progressive_rslad.py 04_predictor.py
+05_nsga2.py""".split()
 
 PRESETS = ["paper", "quick", "tiny"]
 

@@ -64,8 +64,9 @@ def main():
     )
     device, precision, where = pick_device(args)
     run_missing(args, "01_images.pt", "01_dynamic_net.pt")
+    # {train, held_out, test, calibration}: uint8 (N, 3, 32, 32); {...}_labels: (N,)
+    data = moved(load(args.out / "01_images.pt", args.common), device)
     net = load(args.out / "01_dynamic_net.pt", args.common)
-    data = load_images(args, net, device)
     if args.judge:
         return table1(args, net, data, device)
     batch = min(args.batch_size, len(data["train"]))
@@ -342,15 +343,6 @@ def run_other(args, script, *flags):
         raise SystemExit(2)  # it has said why
 
 
-def load_images(args, net, device):
-    """{train, held_out, test}: uint8 (N, 3, 32, 32), {...}_labels: (N,), the classes' names, and
-    calibration, training images for batch norms' statistics."""
-    images = load(args.out / "01_images.pt", args.common)
-    if images["mark"] != net["settings"]["data"]:
-        fail("01_images.pt and 01_dynamic_net.pt are of different images: --restart chapter 1")
-    return moved(images, device)
-
-
 def named_student(args, net):
     """The student of this name in 01_students.csv or in a search's 05_best.csv."""
     students = {**net["students"]}
@@ -555,8 +547,8 @@ def write_csv(path, rows):
 
 
 def save(path, settings, sources, **content):
-    """Write what load() reads; its checksum. It remembers those of its sources, which load() gave.
-    A file that another run has written, with other settings, is not overwritten."""
+    """Write what load() reads, with the checksums of its sources, which load() gave. A file that
+    another run has written, with other settings, is not overwritten."""
     settings, made_from = {**settings, "file": path.name}, {}
     if path.exists():
         there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -567,7 +559,6 @@ def save(path, settings, sources, **content):
     buffer = io.BytesIO()
     torch.save({"settings": settings, "made_from": made_from, **content}, buffer)
     write(path, buffer.getvalue())
-    return checksum(buffer.getvalue())
 
 
 def load(path, settings):
@@ -600,13 +591,8 @@ def checksum(content):
     return hashlib.sha256(content).hexdigest()[:12]
 
 
-CHAPTERS = [
-    "01_dynamic_net.py",
-    "02_teacher_trades.py",
-    "03_progressive_rslad.py",
-    "04_predictor.py",
-    "05_nsga2.py",
-]
+CHAPTERS = """01_dynamic_net.py 02_teacher_trades.py 03_progressive_rslad.py 04_predictor.py
+05_nsga2.py""".split()
 
 PRESETS = ["paper", "quick", "tiny"]
 

@@ -89,9 +89,9 @@ def main():
     if args.teacher and start == "random":
         needed.pop()
     run_missing(args, *needed)
+    data = moved(load(args.out / "01_images.pt", args.common), device)
     net = load(args.out / "01_dynamic_net.pt", args.common)
     trained = load(args.out / "02_teacher.pt", net["settings"]) if len(needed) == 3 else None
-    data = load_images(args, net, device)
     batch = min(args.batch_size, len(data["train"]))
     batches = len(data["train"]) // batch  # of an epoch; an incomplete batch is left out
     if batches * args.epochs == 1:  # the last iteration's learning rate is 0
@@ -356,15 +356,6 @@ def run_other(args, script, *flags):
         raise SystemExit(2)  # it has said why
 
 
-def load_images(args, net, device):
-    """{train, held_out, test}: uint8 (N, 3, 32, 32), {...}_labels: (N,), the classes' names, and
-    calibration, training images for batch norms' statistics."""
-    images = load(args.out / "01_images.pt", args.common)
-    if images["mark"] != net["settings"]["data"]:
-        fail("01_images.pt and 01_dynamic_net.pt are of different images: --restart chapter 1")
-    return moved(images, device)
-
-
 def named_student(args, net):
     """The student of this name in 01_students.csv or in a search's 05_best.csv."""
     students = {**net["students"]}
@@ -578,8 +569,8 @@ def write_csv(path, rows):
 
 
 def save(path, settings, sources, **content):
-    """Write what load() reads; its checksum. It remembers those of its sources, which load() gave.
-    A file that another run has written, with other settings, is not overwritten."""
+    """Write what load() reads, with the checksums of its sources, which load() gave. A file that
+    another run has written, with other settings, is not overwritten."""
     settings, made_from = {**settings, "file": path.name}, {}
     if path.exists():
         there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -590,7 +581,6 @@ def save(path, settings, sources, **content):
     buffer = io.BytesIO()
     torch.save({"settings": settings, "made_from": made_from, **content}, buffer)
     write(path, buffer.getvalue())
-    return checksum(buffer.getvalue())
 
 
 def load(path, settings):
@@ -623,13 +613,8 @@ def checksum(content):
     return hashlib.sha256(content).hexdigest()[:12]
 
 
-CHAPTERS = [
-    "01_dynamic_net.py",
-    "02_teacher_trades.py",
-    "03_progressive_rslad.py",
-    "04_predictor.py",
-    "05_nsga2.py",
-]
+CHAPTERS = """01_dynamic_net.py 02_teacher_trades.py 03_progressive_rslad.py 04_predictor.py
+05_nsga2.py""".split()
 
 PRESETS = ["paper", "quick", "tiny"]
 

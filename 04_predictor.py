@@ -67,6 +67,7 @@ def main():
     device = pick_device(args)[0]
     before = "01_images.pt", "01_dynamic_net.pt", "02_teacher.pt", f"03_{args.sampling}.pt"
     run_missing(args, *before)
+    data = moved(load(args.out / "01_images.pt", args.common), device)
     net = load(args.out / "01_dynamic_net.pt", args.common)
     trained = load(args.out / f"03_{args.sampling}.pt", net["settings"])
     end = "_random" if args.sampling == "random" else ""
@@ -81,7 +82,7 @@ def main():
     if checkpoint.exists():
         load(checkpoint, settings)  # exits if it is stale, or of other settings
         return finish(args, [], [f"{checkpoint} earlier (--restart makes it anew)"], following)
-    data, shared = load_images(args, net, device), moved(trained["weights"], device)
+    shared = moved(trained["weights"], device)
 
     fitting = "epochs", "test_students"  # need no new measurements
     measuring = {name: settings[name] for name in settings if name not in fitting}
@@ -346,15 +347,6 @@ def run_other(args, script, *flags):
         raise SystemExit(2)  # it has said why
 
 
-def load_images(args, net, device):
-    """{train, held_out, test}: uint8 (N, 3, 32, 32), {...}_labels: (N,), the classes' names, and
-    calibration, training images for batch norms' statistics."""
-    images = load(args.out / "01_images.pt", args.common)
-    if images["mark"] != net["settings"]["data"]:
-        fail("01_images.pt and 01_dynamic_net.pt are of different images: --restart chapter 1")
-    return moved(images, device)
-
-
 def counted(name, begin, end, rounds=1):
     """range(begin, end), with a line every ten seconds: how far it is, and the minutes left for so
     many rounds, as epochs are."""
@@ -536,8 +528,8 @@ def write_csv(path, rows):
 
 
 def save(path, settings, sources, **content):
-    """Write what load() reads; its checksum. It remembers those of its sources, which load() gave.
-    A file that another run has written, with other settings, is not overwritten."""
+    """Write what load() reads, with the checksums of its sources, which load() gave. A file that
+    another run has written, with other settings, is not overwritten."""
     settings, made_from = {**settings, "file": path.name}, {}
     if path.exists():
         there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -548,7 +540,6 @@ def save(path, settings, sources, **content):
     buffer = io.BytesIO()
     torch.save({"settings": settings, "made_from": made_from, **content}, buffer)
     write(path, buffer.getvalue())
-    return checksum(buffer.getvalue())
 
 
 def load(path, settings):
@@ -581,13 +572,8 @@ def checksum(content):
     return hashlib.sha256(content).hexdigest()[:12]
 
 
-CHAPTERS = [
-    "01_dynamic_net.py",
-    "02_teacher_trades.py",
-    "03_progressive_rslad.py",
-    "04_predictor.py",
-    "05_nsga2.py",
-]
+CHAPTERS = """01_dynamic_net.py 02_teacher_trades.py 03_progressive_rslad.py 04_predictor.py
+05_nsga2.py""".split()
 
 PRESETS = ["paper", "quick", "tiny"]
 

@@ -397,8 +397,8 @@ def write_csv(path, rows):
 
 
 def save(path, settings, sources, **content):
-    """Write what load() reads; its checksum. It remembers those of its sources, which load() gave.
-    A file that another run has written, with other settings, is not overwritten."""
+    """Write what load() reads, with the checksums of its sources, which load() gave. A file that
+    another run has written, with other settings, is not overwritten."""
     settings, made_from = {**settings, "file": path.name}, {}
     if path.exists():
         there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -409,7 +409,6 @@ def save(path, settings, sources, **content):
     buffer = io.BytesIO()
     torch.save({"settings": settings, "made_from": made_from, **content}, buffer)
     write(path, buffer.getvalue())
-    return checksum(buffer.getvalue())
 
 
 def load(path, settings):
@@ -442,13 +441,8 @@ def checksum(content):
     return hashlib.sha256(content).hexdigest()[:12]
 
 
-CHAPTERS = [
-    "01_dynamic_net.py",
-    "02_teacher_trades.py",
-    "03_progressive_rslad.py",
-    "04_predictor.py",
-    "05_nsga2.py",
-]
+CHAPTERS = """01_dynamic_net.py 02_teacher_trades.py 03_progressive_rslad.py 04_predictor.py
+05_nsga2.py""".split()
 
 PRESETS = ["paper", "quick", "tiny"]
 

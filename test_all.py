@@ -1095,7 +1095,8 @@ def test_other_images_are_noticed(folder):
     printed = run(folder, 1, *words, "--restart")
     assert "180 images of 3 classes; 1 other files" in printed
     assert "in this order: bright, dark, middling, gr?n" in printed
-    assert "data was" in run(folder, 2, *words, code=2)
+    stale = "02_teacher.pt is stale: 01_images.pt is another one by now"
+    assert stale in run(folder, 2, *words, "--epochs", 1, code=2)
 
 
 def test_a_picture_is_read_as_viewers_show_it(tmp_path):

@@ -240,8 +240,9 @@ def sample(net, rng, varies=None, base=()):
 
 
 def usual(net):
-    """With the paper's sizes nearly ResNet-50 (23.54 M parameters), or of the MobileNets with one
-    depth, one kernel and one expansion the one nearest to the paper's (4.17 M; paper 4.21)."""
+    """The student that the paper trains alone: at its sizes nearly ResNet-50 (23.54 M parameters;
+    paper 23.52). MobileNet: of those with the same depth, kernel and expansion everywhere, the one
+    whose size is nearest (4.17 M; paper 4.21)."""
     chosen = net["usual"]  # of a gene, or of all of a kind
     return canonical(net, [chosen.get(gene, chosen[gene.split("_")[0]]) for gene in net["genes"]])
 
@@ -395,14 +396,15 @@ def read_images(args):
         fail(f"{args.dataset} has {len(pixels)} training images: at least 20 are needed")
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
     held_out, kept = order.split([len(order) // 10, len(order) - len(order) // 10])
+    most = 500 if args.common["preset"] == "tiny" else 2000
     torch.manual_seed(0)
-    calibration = augment(pixels[kept][:4000])  # and cut: for fewer, other crops would be drawn
+    calibration = augment(pixels[kept][:4000])[:most]  # 4000: so all presets draw the same crops
     return {
         "train": pixels[kept],
         "held_out": pixels[held_out],
         "test": test[0],
         "names": names,
-        "calibration": calibration[: 500 if args.common["preset"] == "tiny" else 2000],
+        "calibration": calibration,
         "train_labels": labels[kept],
         "held_out_labels": labels[held_out],
         "test_labels": test[1],
@@ -553,8 +555,8 @@ def write_csv(path, rows):
 
 
 def save(path, settings, sources, **content):
-    """Write what load() reads, with the checksums of its sources, which load() gave. A file that
-    another run has written, with other settings, is not overwritten."""
+    """Write what load() reads, with the checksums of its sources, which load() has returned. A file
+    that another run has written, with other settings, is not overwritten."""
     settings, made_from = {**settings, "file": path.name}, {}
     if path.exists():
         there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -569,7 +571,7 @@ def save(path, settings, sources, **content):
 
 def load(path, settings):
     """What save() wrote, and `mark`, its checksum; exits if it is damaged, of other settings, or
-    stale: if a file that it was made from, or one that this was made from, is another by now."""
+    stale: if a file from which it was made, directly or by way of others, has changed."""
     content = path.read_bytes()
     try:
         if zipfile.ZipFile(io.BytesIO(content)).testzip():
@@ -583,7 +585,7 @@ def load(path, settings):
     again = f"run {CHAPTERS[int(path.name[:2]) - 1]} with its flags and --restart"
     for name, value in {**settings, "file": path.name}.items():
         old = made_with.get(name)
-        if old != value:  # a folder of images that has moved goes on by its old name
+        if old != value:  # a common flag: its old value goes on, even if the images have moved
             way = shlex.join([f"--{name}={old}"]) if name in COMMON else again
             fail(f"{path}: {name} was {old}, not {value}: {way} or take another --out")
     for name, mark in made_from.items():

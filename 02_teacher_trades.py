@@ -97,7 +97,7 @@ def main():
         torch.manual_seed(args.seed * 10**6 + epoch)  # so stopping changes no draw
         order = torch.randperm(len(data["train"])).to(device)
         losses = torch.zeros(batches, 3, device=device)
-        for i in counted(f"epoch {epoch + 1}:", 0, batches, args.epochs - epoch):
+        for i in counted(f"epoch {epoch + 1}:", 0, batches, rounds=args.epochs - epoch):
             pick = order[i * batch : (i + 1) * batch]
             x, y = augment(data["train"][pick]) / 255, data["train_labels"][pick]
             network = Network(net, shared, student)  # f: slices of the weights as they are now
@@ -137,7 +137,7 @@ def main():
     network = Network(net, moved(best["weights"], device), student)
     network = calibrated(network, data["calibration"])
     export(network, checkpoint.with_suffix(".pt2"), data["names"])
-    state.unlink()  # last: without an export, there is still something to do
+    state.unlink()  # last: a checkpoint beside its state is not done yet
     table = {name: best[name] for name in ("epoch", "loss", "natural", "robust")}
     table["--sharpen"] = sharpening(network, data["held_out"], data["held_out_labels"])
     finish(args, [table], [checkpoint, checkpoint.with_suffix(".pt2"), log], following)
@@ -233,7 +233,7 @@ def table1(args, net, data, device):
         if not trained:
             continue
         own_name, own = trained["settings"]["student"], trained["settings"]["genotype"]
-        if own != names.get(own_name, own):  # trained alone, before another search
+        if own != names.get(own_name, own):  # "best" means another one since a newer search
             print(f"passed over: {path} is of another {own_name}: train it with --restart")
             continue
         students = [(own_name, own, trained["mark"])]
@@ -254,7 +254,7 @@ def table1(args, net, data, device):
             row["params"] = sum(part.numel() for part in network.slices.values())
             row["macs"] = counter.get_total_flops() // 2
             row |= {key: part.sum().item() / len(part) for key, part in right.items()}
-            rows.append({**row, "made_from": mark})  # weights (and search): chapter 5 compares
+            rows.append({**row, "made_from": mark})  # by this chapter 5 knows if the row is stale
             if name != own_name:  # a search's: best, best_500M, best_random
                 wrote.append(args.out / f"{name.replace('best', 'student')}.pt2")
                 export(judged, wrote[-1], data["names"])
@@ -307,6 +307,7 @@ def pick_device(args):
         torch.zeros(1, device=device).item()
     except Exception as error:  # of many kinds
         fail(f"--device {name}: {str(error).splitlines()[0]}")
+    # CUDA is initialized where the zeros above are on a GPU.
     bf16 = torch.cuda.is_initialized() and torch.cuda.is_bf16_supported(including_emulation=False)
     torch.backends.cudnn.allow_tf32 = False  # float32 is what is said; bf16 is not touched
     precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
@@ -547,8 +548,8 @@ def write_csv(path, rows):
 
 
 def save(path, settings, sources, **content):
-    """Write what load() reads, with the checksums of its sources, which load() gave. A file that
-    another run has written, with other settings, is not overwritten."""
+    """Write what load() reads, with the checksums of its sources, which load() has returned. A file
+    that another run has written, with other settings, is not overwritten."""
     settings, made_from = {**settings, "file": path.name}, {}
     if path.exists():
         there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -563,7 +564,7 @@ def save(path, settings, sources, **content):
 
 def load(path, settings):
     """What save() wrote, and `mark`, its checksum; exits if it is damaged, of other settings, or
-    stale: if a file that it was made from, or one that this was made from, is another by now."""
+    stale: if a file from which it was made, directly or by way of others, has changed."""
     content = path.read_bytes()
     try:
         if zipfile.ZipFile(io.BytesIO(content)).testzip():
@@ -577,7 +578,7 @@ def load(path, settings):
     again = f"run {CHAPTERS[int(path.name[:2]) - 1]} with its flags and --restart"
     for name, value in {**settings, "file": path.name}.items():
         old = made_with.get(name)
-        if old != value:  # a folder of images that has moved goes on by its old name
+        if old != value:  # a common flag: its old value goes on, even if the images have moved
             way = shlex.join([f"--{name}={old}"]) if name in COMMON else again
             fail(f"{path}: {name} was {old}, not {value}: {way} or take another --out")
     for name, mark in made_from.items():

@@ -44,7 +44,7 @@ import torch.nn.functional as F
 # ---- The lesson: progressive sampling and RSLAD --------------------------------------------------
 # fmt: off
 FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
-    "epochs": (120, 4, 2, 1, 10**6, "of each of three phases (fixed: a third); paper 120 (5.0.1)"),
+    "epochs": (120, 4, 2, 1, 10**6, "of each of 3 phases (fixed: all 3 are one); paper 120 (5.0.1)"),
     "lr": (0.01, 0.02, 0.05, 0, 1e3, "learning rate, times warm-up or cosine; paper 0.01"),
     "warmup": (5 / 120, 0.1, 0.1, 1e-9, 1, "share of a phase in which lr rises; paper silent"),
     "batch_size": (128, 128, 64, 1, 10**6, "images in an iteration; paper 128"),
@@ -81,7 +81,7 @@ def main():
     )
     if (args.sampling == "fixed") != bool(args.student):
         fail("--sampling fixed and --student NAME go together")
-    if args.teacher and args.teacher.stem == "teacher":  # files of ours are named by it
+    if args.teacher and args.teacher.stem == "teacher":  # ours, in the names of files
         fail(f"--teacher {args.teacher}: give it another name, as wrn.pt2")
     start = args.start or ("random" if args.student else "teacher")
     device, precision, where = pick_device(args)
@@ -138,11 +138,12 @@ def main():
         varies = phases[phase]  # figure 4
         if epoch_of_phase == 0:
             optimizer.state.clear()  # each phase has its own momentum, warm-up and cosine
-            if "expand" in varies and phase == phases.index(varies):  # the first of equal phases
-                sort_channels(net, shared)  # from now on students keep a part of a block's channels
+            first = phases.index(varies)  # random sampling has three equal phases
+            if "expand" in varies and phase == first:
+                sort_channels(net, shared)  # once, before expansions vary
         order = torch.randperm(len(data["train"])).to(device)
         losses = torch.zeros(batches, 3, device=device)
-        for i in counted(f"epoch {epoch + 1}:", 0, batches, epochs - epoch):
+        for i in counted(f"epoch {epoch + 1}:", 0, batches, rounds=epochs - epoch):
             x = augment(data["train"][order[i * batch : (i + 1) * batch]]) / 255
             student = sample(net, rng, varies, base)  # another one in each iteration
             network = Network(net, shared, student)
@@ -320,6 +321,7 @@ def pick_device(args):
         torch.zeros(1, device=device).item()
     except Exception as error:  # of many kinds
         fail(f"--device {name}: {str(error).splitlines()[0]}")
+    # CUDA is initialized where the zeros above are on a GPU.
     bf16 = torch.cuda.is_initialized() and torch.cuda.is_bf16_supported(including_emulation=False)
     torch.backends.cudnn.allow_tf32 = False  # float32 is what is said; bf16 is not touched
     precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
@@ -569,8 +571,8 @@ def write_csv(path, rows):
 
 
 def save(path, settings, sources, **content):
-    """Write what load() reads, with the checksums of its sources, which load() gave. A file that
-    another run has written, with other settings, is not overwritten."""
+    """Write what load() reads, with the checksums of its sources, which load() has returned. A file
+    that another run has written, with other settings, is not overwritten."""
     settings, made_from = {**settings, "file": path.name}, {}
     if path.exists():
         there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -585,7 +587,7 @@ def save(path, settings, sources, **content):
 
 def load(path, settings):
     """What save() wrote, and `mark`, its checksum; exits if it is damaged, of other settings, or
-    stale: if a file that it was made from, or one that this was made from, is another by now."""
+    stale: if a file from which it was made, directly or by way of others, has changed."""
     content = path.read_bytes()
     try:
         if zipfile.ZipFile(io.BytesIO(content)).testzip():
@@ -599,7 +601,7 @@ def load(path, settings):
     again = f"run {CHAPTERS[int(path.name[:2]) - 1]} with its flags and --restart"
     for name, value in {**settings, "file": path.name}.items():
         old = made_with.get(name)
-        if old != value:  # a folder of images that has moved goes on by its old name
+        if old != value:  # a common flag: its old value goes on, even if the images have moved
             way = shlex.join([f"--{name}={old}"]) if name in COMMON else again
             fail(f"{path}: {name} was {old}, not {value}: {way} or take another --out")
     for name, mark in made_from.items():

@@ -53,7 +53,7 @@ FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
     "eps": (8.0, 8.0, 8.0, 0.2, 255, "change of a pixel, in 1/255: for 0.031 (paper) write 7.9"),
     "step_size": (1.81, 1.81, 1.81, 0.02, 255, "in 1/255: for 0.0071 (paper) write 1.81"),
     "steps": (20, 20, 10, 1, 10**4, "of the attack; paper 20"),
-    "epochs": (30, 30, 30, 1, 10**6, "of the predictor (others: delete its .pt first); paper 30"),
+    "epochs": (30, 30, 30, 1, 10**6, "of the predictor (to change it, delete its .pt); paper 30"),
 }
 # fmt: on
 
@@ -193,11 +193,11 @@ def compare(measured, first_half, predicted):
     of the images, and the predictions of the last students (T, 2).
 
     tau: a search needs the order alone; Kendall's tau-b is the share of pairs in the right order
-    less that of pairs in the wrong one.
-    moves by: how far two labels of a student would differ, on two sets of n images, less what moves
-    all students alike. If a label has the variance v, one on half of the images has 2 v, and the
-    difference between both halves 4 v: twice the 2 v of two labels. The best of all predictors has
-    an RMSE of sqrt(v), the noise of a label, which is this / sqrt(2).
+    less that of pairs in the wrong one, corrected for ties.
+    moves by: how far two labels of a student would be apart, on two sets of n images, but for what
+    moves all students alike. Let v be the variance of a label; two labels differ by 2 v. A label on
+    half of the images has 2 v, so both halves differ by 4 v: twice too much. Were the noise of each
+    student its own, no predictor's RMSE could be below sqrt(v), which is moves by / sqrt(2).
     """
     test = measured[-len(predicted) :]
     error = (predicted - test).square().mean(0).sqrt()
@@ -311,6 +311,7 @@ def pick_device(args):
         torch.zeros(1, device=device).item()
     except Exception as error:  # of many kinds
         fail(f"--device {name}: {str(error).splitlines()[0]}")
+    # CUDA is initialized where the zeros above are on a GPU.
     bf16 = torch.cuda.is_initialized() and torch.cuda.is_bf16_supported(including_emulation=False)
     torch.backends.cudnn.allow_tf32 = False  # float32 is what is said; bf16 is not touched
     precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
@@ -528,8 +529,8 @@ def write_csv(path, rows):
 
 
 def save(path, settings, sources, **content):
-    """Write what load() reads, with the checksums of its sources, which load() gave. A file that
-    another run has written, with other settings, is not overwritten."""
+    """Write what load() reads, with the checksums of its sources, which load() has returned. A file
+    that another run has written, with other settings, is not overwritten."""
     settings, made_from = {**settings, "file": path.name}, {}
     if path.exists():
         there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -544,7 +545,7 @@ def save(path, settings, sources, **content):
 
 def load(path, settings):
     """What save() wrote, and `mark`, its checksum; exits if it is damaged, of other settings, or
-    stale: if a file that it was made from, or one that this was made from, is another by now."""
+    stale: if a file from which it was made, directly or by way of others, has changed."""
     content = path.read_bytes()
     try:
         if zipfile.ZipFile(io.BytesIO(content)).testzip():
@@ -558,7 +559,7 @@ def load(path, settings):
     again = f"run {CHAPTERS[int(path.name[:2]) - 1]} with its flags and --restart"
     for name, value in {**settings, "file": path.name}.items():
         old = made_with.get(name)
-        if old != value:  # a folder of images that has moved goes on by its old name
+        if old != value:  # a common flag: its old value goes on, even if the images have moved
             way = shlex.join([f"--{name}={old}"]) if name in COMMON else again
             fail(f"{path}: {name} was {old}, not {value}: {way} or take another --out")
     for name, mark in made_from.items():

@@ -1,14 +1,14 @@
 """Chapter 5: multi-objective search (paper, sections 4.5, 5.0.2, 5.3; NSGA-II, Deb et al., 2002).
 
+A student dominates another if it is nowhere worse and somewhere better. Rank 0, the first front, is
+dominated by none, rank 1 by those alone, and so on. Crowded is who is near its neighbours there.
+
     objectives = predicted accuracy and robustness; no more MACs than the device's budget
     generation = random students                        # and the smallest, which fits any budget
     repeat:                                             # 100 times in the paper
         children = genes from two parents, some drawn anew; parents win tournaments of two
         generation = the best half of parents and children    # by rank, then less crowded first
     chosen = the best sum of both objectives on the first front
-
-A student dominates another if it is nowhere worse and somewhere better. Rank 0, the first front, is
-dominated by none, rank 1 by those alone, and so on. Crowded is who is near its neighbours there.
 
 New here: the search, what a student costs, and, last, the figures, which may be skipped.
 
@@ -70,12 +70,12 @@ def main():
     predictor = load(args.out / fitted, net["settings"])
     least, most = (cost(net, student_at(net, place))[1] / 1e6 for place in (0, -1))
     budgets = args.max_macs or [2000.0 if most > 2000 else round((least + most) / 2, 1)]
-    if not all(least <= budget <= 1000 * most for budget in budgets):  # more: not in millions
+    if not all(least <= budget <= 1000 * most for budget in budgets):  # above: MACs, not millions
         ends = f"{math.ceil(100 * least) / 100} is the smallest student's, {most:.6g} the largest's"
         fail(f"--max-macs is in millions: {ends}")
     settings = {**net["settings"], **args.settings, "max_macs": budgets}
     if args.restart or not done.exists():
-        done.unlink(missing_ok=True)  # first: the tables are of what stands in it
+        done.unlink(missing_ok=True)  # first: search() overwrites the tables of it
         students = search(args, net, predictor, budgets, end)
         save(done, settings, [predictor], students=students, searched=weights)
     found = load(done, settings)
@@ -88,7 +88,7 @@ def main():
 
 
 def exported(args, name):
-    """Where chapter 2 writes a student of this name, in this folder whatever the name is."""
+    """Where chapter 2 writes a student of this name: in this folder, whatever a table says."""
     return args.out / f"{Path(name.replace('best', 'student')).name}.pt2"
 
 
@@ -397,8 +397,8 @@ def write_csv(path, rows):
 
 
 def save(path, settings, sources, **content):
-    """Write what load() reads, with the checksums of its sources, which load() gave. A file that
-    another run has written, with other settings, is not overwritten."""
+    """Write what load() reads, with the checksums of its sources, which load() has returned. A file
+    that another run has written, with other settings, is not overwritten."""
     settings, made_from = {**settings, "file": path.name}, {}
     if path.exists():
         there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -413,7 +413,7 @@ def save(path, settings, sources, **content):
 
 def load(path, settings):
     """What save() wrote, and `mark`, its checksum; exits if it is damaged, of other settings, or
-    stale: if a file that it was made from, or one that this was made from, is another by now."""
+    stale: if a file from which it was made, directly or by way of others, has changed."""
     content = path.read_bytes()
     try:
         if zipfile.ZipFile(io.BytesIO(content)).testzip():
@@ -427,7 +427,7 @@ def load(path, settings):
     again = f"run {CHAPTERS[int(path.name[:2]) - 1]} with its flags and --restart"
     for name, value in {**settings, "file": path.name}.items():
         old = made_with.get(name)
-        if old != value:  # a folder of images that has moved goes on by its old name
+        if old != value:  # a common flag: its old value goes on, even if the images have moved
             way = shlex.join([f"--{name}={old}"]) if name in COMMON else again
             fail(f"{path}: {name} was {old}, not {value}: {way} or take another --out")
     for name, mark in made_from.items():

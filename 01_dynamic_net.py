@@ -33,8 +33,6 @@ import random
 import shlex
 import signal
 import sys
-import time
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -56,8 +54,7 @@ class Slices:
         """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
         if name not in self.slices:
             with torch.enable_grad():  # for later calls; the first one may be under no_grad
-                inputs = 1 if depthwise else x.shape[1]
-                weight = self.shared[name][:out, :inputs]
+                weight = self.shared[name][:out, : x.shape[1]]  # depthwise there is one input alone
                 while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
                     side = weight.shape[-1] - 2
                     centre = weight[:, :, 1:-1, 1:-1].reshape(out, side * side)
@@ -95,19 +92,19 @@ FLAGS = {}  # flag: (paper, quick, tiny, least, most, help); this chapter has no
 
 def main():
     args = read_flags()
-    checkpoint = args.out / "01_dynamic_net.pt"
-    if checkpoint.exists() and (args.out / "01_images.pt").exists() and not args.restart:
+    files = [args.out / f"01_{name}" for name in ("images.pt", "students.csv", "dynamic_net.pt")]
+    pixels, listed, checkpoint = files
+    if checkpoint.exists() and pixels.exists() and not args.restart:
         print(load(checkpoint, args.common)["summary"])
-        when = f"earlier, {time.ctime(checkpoint.stat().st_mtime)} (--restart reads anew)"
-        return finish(args, [], [checkpoint, when], CHAPTERS[1])
+        return finish(args, [], [f"{checkpoint} earlier (--restart reads anew)"], CHAPTERS[1])
     show_slice()
     print(f"the images of {args.dataset}, and {args.net} on the CPU in float32")
     args.out.mkdir(parents=True, exist_ok=True)
     images = read_images(args)
-    for old in (checkpoint, args.out / "01_images.pt"):
+    for old in files:
         old.unlink(missing_ok=True)
-    save(args.out / "01_images.pt", args.common, [], **images)
-    images = load(args.out / "01_images.pt", args.common)  # which adds its checksum
+    save(pixels, args.common, {}, **images)
+    images = load(pixels, args.common)  # which adds its checksum
     counts = ", ".join(f"{len(images[part])} {part}" for part in ("train", "held_out", "test"))
     summary = f"{args.dataset}: {counts} images; logits in this order: {', '.join(images['names'])}"
     print(summary)
@@ -127,19 +124,24 @@ def main():
         network = Network(net, shared, student)
         logits = network(x)
         alone = Network(net, {key: part.clone() for key, part in network.slices.items()}, student)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter:
             network(x[:1])
         macs = counter.get_total_flops() // 2  # of one image; a multiply-accumulate is two
         params = sum(part.numel() for part in network.slices.values())
         genes = dict(zip(net["genes"], student))
         rows.append({"student": name, **genes, "params": params, "macs": macs})
-        row = {"student": name, "M parameters": params / 1e6, "M MACs": macs / 1e6}
-        table.append({**row, "alone it differs": (alone(x) - logits).abs().max().item()})
-    write_csv(args.out / "01_students.csv", rows)
+        table.append(
+            {
+                "student": name,
+                "M parameters": params / 1e6,
+                "M MACs": macs / 1e6,
+                "alone it differs": (alone(x) - logits).abs().max().item(),
+            }
+        )
+    write_csv(listed, rows)
     made = {"weights": shared, "students": students, "summary": summary, **net}
-    save(checkpoint, args.common, [images], **made)
-    files = "01_images.pt", "01_students.csv", "01_dynamic_net.pt"
-    finish(args, table, [args.out / name for name in files], CHAPTERS[1])
+    save(checkpoint, args.common, images, **made)
+    finish(args, table, files, CHAPTERS[1])
 
 
 # ---- Genotypes: what may vary --------------------------------------------------------------------
@@ -230,13 +232,9 @@ def student_at(net, place):
     return canonical(net, [choices[place] for choices in net["genes"].values()])
 
 
-def sample(net, rng, varies=None, base=()):
-    """A student: genes of the kinds in `varies` (None: all) at random, the others of `base`."""
-    student = []
-    for (gene, choices), kept in zip(net["genes"].items(), base or student_at(net, -1)):
-        at_random = varies is None or gene.split("_")[0] in varies
-        student.append(rng.choice(choices) if at_random else kept)
-    return canonical(net, student)
+def sample(net, rng):
+    """A student, each gene at random."""
+    return canonical(net, [rng.choice(choices) for choices in net["genes"].values()])
 
 
 def usual(net):
@@ -277,7 +275,6 @@ class Network(Slices):
         self.net, self.choice = net, dict(zip(net["genes"], student))
         self.stats = {}  # {layer: (mean, variance) of its output's channels}
         self.momentum = 1.0  # of these averages: 1 keeps those of the last batch alone
-        self.folded = False  # whether batch norm has become part of the convolutions
 
     def __call__(self, x):
         x = x.contiguous(memory_format=torch.channels_last)  # a fifth faster than channels first
@@ -288,21 +285,21 @@ class Network(Slices):
         """Dyn-ResNet50, from images to the pooled map (B, C, 1, 1)."""
         net, choice = self.net, self.choice
         mid = divisible(divisible(net["stem"] * choice["width_mid"]) // 2)
-        stem = divisible(net["stem"] * choice["width_stem"])
         x = F.relu_(self.conv_bn("stem_1", x, mid, 3, net["stem_stride"]))
-        if choice["depth_stem"] > 0:
+        if choice["depth_stem"]:
             x = x + F.relu_(self.conv_bn("stem_2", x, mid, 3))
-        x = F.relu_(self.conv_bn("stem_3", x, stem, 3))
+        x = F.relu_(self.conv_bn("stem_3", x, divisible(net["stem"] * choice["width_stem"]), 3))
         for i, (channels, blocks, stride) in enumerate(net["stages"], 1):
             out = divisible(channels * choice[f"width_{i}"])
             for j in range(1, blocks + choice[f"depth_{i}"] + 1):
                 middle = divisible(round(out * choice[f"expand_{i}_{j}"]))
                 y = F.relu_(self.conv_bn(f"{i}_{j}_reduce", x, middle))
-                y = F.relu_(self.conv_bn(f"{i}_{j}_middle", y, middle, 3, stride if j == 1 else 1))
+                y = F.relu_(self.conv_bn(f"{i}_{j}_middle", y, middle, 3, stride))
                 y = self.conv_bn(f"{i}_{j}_last", y, out)
                 if j == 1:  # the first block of a stage changes the shape
                     x = self.conv_bn(f"{i}_{j}_shortcut", F.avg_pool2d(x, stride), out)
                 x = F.relu_(x + y)
+                stride = 1  # of the blocks that follow
         return x.mean((2, 3), keepdim=True)
 
     def mobilenet(self, x):
@@ -312,18 +309,19 @@ class Network(Slices):
         y = F.relu_(self.conv_bn("0_1_middle", x, net["stem"], 3, depthwise=True))
         x = x + self.conv_bn("0_1_last", y, net["stem"])
         for i, (out, stride, activation, gated) in enumerate(net["stages"], 1):
-            act = F.hardswish if activation == "hardswish" else F.relu_
+            act = getattr(F, activation)
             for j in range(1, choice[f"depth_{i}"] + 1):
-                name, kernel, step = f"{i}_{j}", choice[f"kernel_{i}_{j}"], stride if j == 1 else 1
+                kernel = choice[f"kernel_{i}_{j}"]
                 middle = divisible(round(x.shape[1] * choice[f"expand_{i}_{j}"]))
-                y = act(self.conv_bn(f"{name}_reduce", x, middle))
-                y = act(self.conv_bn(f"{name}_middle", y, middle, kernel, step, depthwise=True))
+                y = act(self.conv_bn(f"{i}_{j}_reduce", x, middle))
+                y = act(self.conv_bn(f"{i}_{j}_middle", y, middle, kernel, stride, depthwise=True))
                 if gated:  # squeeze-and-excitation
                     gate, squeezed = y.mean((2, 3), keepdim=True), divisible(middle // 4)
-                    gate = F.relu_(self.conv(f"{name}_squeeze", gate, squeezed, bias=True))
-                    y = y * F.hardsigmoid(self.conv(f"{name}_excite", gate, middle, bias=True))
-                y = self.conv_bn(f"{name}_last", y, out)
+                    gate = F.relu_(self.conv(f"{i}_{j}_squeeze", gate, squeezed, bias=True))
+                    y = y * F.hardsigmoid(self.conv(f"{i}_{j}_excite", gate, middle, bias=True))
+                y = self.conv_bn(f"{i}_{j}_last", y, out)
                 x = x + y if x.shape[1:] == y.shape[1:] else y
+                stride = 1  # of the blocks that follow
         x = F.hardswish(self.conv_bn("head_1", x, net["head"][0]))
         return F.hardswish(self.conv("head_2", x.mean((2, 3), keepdim=True), net["head"][1]))
 
@@ -332,7 +330,7 @@ class Network(Slices):
         """A student whose batch norms have the statistics that are now in `stats`, to be judged and
         for chapter 3's attack: a scale and a shift, which become part of each convolution."""
         student = copy.copy(self)
-        student.slices, student.folded = {**self.slices}, True
+        student.slices = {**self.slices}
         for name, (mean, variance) in self.stats.items():
             scale, shift = (student.slices.pop(f"{name}_{part}") for part in ("scale", "shift"))
             factor = scale / (variance + 1e-5).sqrt()
@@ -341,8 +339,9 @@ class Network(Slices):
         return student
 
     def conv_bn(self, name, x, out, *sizes, **options):
-        x = self.conv(name, x, out, *sizes, **options, bias=self.folded)
-        if self.folded:
+        folded = f"{name}_bias" in self.slices  # batch norm is part of the convolution
+        x = self.conv(name, x, out, *sizes, **options, bias=folded)
+        if folded:
             return x
         scale, shift = (self.vector(f"{name}_{part}", out) for part in ("scale", "shift"))
         if name not in self.stats:
@@ -395,7 +394,7 @@ def read_images(args):
     if len(pixels) < 20:
         fail(f"{args.dataset} has {len(pixels)} training images: at least 20 are needed")
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
-    held_out, kept = order.split([len(order) // 10, len(order) - len(order) // 10])
+    held_out, kept = order.tensor_split([len(order) // 10])
     most = 500 if args.common["preset"] == "tiny" else 2000
     torch.manual_seed(0)
     calibration = augment(pixels[kept][:4000])[:most]  # 4000: so all presets draw the same crops
@@ -470,7 +469,6 @@ def folder_images(folder, part):
     print(f"{root}: {len(files)} images of {len(names)} classes; {others} other files, not read")
     if len(names) < 2:
         fail(f"{root} has images of {names} alone: at least two classes are needed, a folder each")
-    warnings.filterwarnings("error", ".*decompression bomb")  # above 89 million pixels
     pixels, damaged = [], []
     for path in files:
         try:
@@ -492,15 +490,11 @@ def folder_images(folder, part):
 
 def files_below(folder, above=()):
     """All files below a folder, those in linked folders too, but hidden ones."""
-    real, files = folder.resolve(), []
-    if real in above:  # a loop of links
-        return []
-    for path in folder.iterdir():
-        if path.is_dir() and path.name[0] != ".":
-            files += files_below(path, (*above, real))
-        elif path.name[0] != ".":
-            files.append(path)
-    return files
+    real = folder.resolve()
+    if real not in above:  # else it is a loop of links
+        for path in folder.iterdir():
+            if path.name[0] != ".":
+                yield from files_below(path, (*above, real)) if path.is_dir() else [path]
 
 
 def picture(path):
@@ -539,7 +533,7 @@ def write(path, content):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, path)  # a full disk's has no name
     finally:
@@ -554,49 +548,49 @@ def write_csv(path, rows):
     write(path, text.getvalue().encode(errors="replace"))
 
 
-def save(path, settings, sources, **content):
-    """Write what load() reads, with the checksums of its sources, which load() has returned. A file
-    that another run has written, with other settings, is not overwritten."""
-    settings, made_from = {**settings, "file": path.name}, {}
+def save(path, settings, source, **content):
+    """Write what load() reads, with the checksums of its source, which load() has returned, and of
+    what that was made from. A file that another run has written, with other settings, is not
+    overwritten."""
     if path.exists():
         there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if there["settings"] != settings:
             fail(f"{path} is another run's by now, of other settings: give each one its own --out")
-    for source in sources:
-        made_from |= source["made_from"] | {source["settings"]["file"]: source["mark"]}
+    made_from = source["made_from"] | {source["file"]: source["mark"]} if source else {}
+    about = {"file": path.name, "settings": settings, "made_from": made_from}
     buffer = io.BytesIO()
-    torch.save({"settings": settings, "made_from": made_from, **content}, buffer)
+    torch.save(about | content, buffer)
     write(path, buffer.getvalue())
 
 
 def load(path, settings):
     """What save() wrote, and `mark`, its checksum; exits if it is damaged, of other settings, or
     stale: if a file from which it was made, directly or by way of others, has changed."""
-    content = path.read_bytes()
+    own_mark = checksum(path)
     try:
-        if zipfile.ZipFile(io.BytesIO(content)).testzip():
+        if zipfile.ZipFile(path).testzip():
             raise zipfile.BadZipFile
-        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        made_with, made_from = dict(loaded["settings"]), dict(loaded["made_from"])
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        file, made_with, made_from = loaded["file"], loaded["settings"], loaded["made_from"]
     except Exception as error:  # of many kinds
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
-    if made_with["file"] != path.name:
-        fail(f"{path} is a copy of a {made_with['file']}, which is not read by this name")
+    if file != path.name:
+        fail(f"{path} is a copy of a {file}, which is not read by this name")
     again = f"run {CHAPTERS[int(path.name[:2]) - 1]} with its flags and --restart"
-    for name, value in {**settings, "file": path.name}.items():
+    for name, value in settings.items():
         old = made_with.get(name)
         if old != value:  # a common flag: its old value goes on, even if the images have moved
             way = shlex.join([f"--{name}={old}"]) if name in COMMON else again
             fail(f"{path}: {name} was {old}, not {value}: {way} or take another --out")
     for name, mark in made_from.items():
         source = path.with_name(name)
-        if source.exists() and checksum(source.read_bytes()) != mark:
+        if source.exists() and checksum(source) != mark:
             fail(f"{path} is stale: {name} is another one by now: {again}")
-    return {**loaded, "mark": checksum(content)}
+    return {**loaded, "mark": own_mark}
 
 
-def checksum(content):
-    return hashlib.sha256(content).hexdigest()[:12]
+def checksum(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 CHAPTERS = """01_dynamic_net.py 02_teacher_trades.py 03_progressive_rslad.py 04_predictor.py
@@ -620,7 +614,7 @@ def read_flags(**others):
     others["restart"] = {"action": "store_true", "help": "start this chapter over"}
     for flag, (*values, least, most, text) in FLAGS.items():
         text += f"; {least} to {most}; presets {values}"
-        others[flag] = {"type": type(values[0]), "help": text}
+        others[flag] = {"type": type(values[0]), "help": text, "default": argparse.SUPPRESS}
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = fail
@@ -628,20 +622,17 @@ def read_flags(**others):
         parser.add_argument(f"--{flag.replace('_', '-')}", **options)
     args = parser.parse_args()
     args.given = [
-        f"--{flag}={value}"
-        for flag, value in vars(args).items()
-        if flag in COMMON and value != parser.get_default(flag)
+        f"--{flag}={getattr(args, flag)}"
+        for flag in COMMON
+        if getattr(args, flag) != parser.get_default(flag)
     ]
     usual = "tiny" if args.dataset == "toy" else "paper"
     preset, args.settings = args.preset or usual, {}
     for flag, (*values, least, most, text) in FLAGS.items():
-        value = getattr(args, flag)
-        if value is None:
-            value = values[PRESETS.index(preset)]
+        value = vars(args).setdefault(flag, values[PRESETS.index(preset)])
         if not least <= value <= most:
             fail(f"{flag} is {value}, not {least} to {most}: {text}")
         args.settings[flag] = value
-    vars(args).update(args.settings)
     if not 0 <= args.seed < 2**31:
         fail(f"--seed is {args.seed}, not 0 to {2**31 - 1}")
     folder, built_in = Path(args.dataset).resolve(), args.dataset in ("cifar10", "cifar100", "toy")
@@ -649,9 +640,8 @@ def read_flags(**others):
         fail(f"--dataset {args.dataset}: write ./{args.dataset}, or rename the folder of this name")
     dataset = args.dataset if built_in else str(folder)  # two folders may have one last name
     args.common = {"dataset": dataset, "net": args.net, "preset": preset, "seed": args.seed}
-    words = [folder.name, args.net] + [preset] * (preset != usual)
-    words += [f"seed{args.seed}"] * (args.seed > 0)
-    args.out = args.out or Path("runs", "-".join(words))
+    name = f"{folder.name}-{args.net}" + f"-{preset}" * (preset != usual)
+    args.out = args.out or Path("runs", name + f"-seed{args.seed}" * (args.seed > 0))
     return args
 
 
@@ -659,8 +649,7 @@ def finish(args, rows, wrote, following=""):
     """Print a table, where it stands, and the next command."""
     if rows:
         for line in [rows[0], *(row.values() for row in rows)]:
-            cells = (format(cell, ".4g") if isinstance(cell, float) else cell for cell in line)
-            print(*(f"{cell:>17}" for cell in cells))
+            print(*(format(cell, ">17.4g" if isinstance(cell, float) else ">17") for cell in line))
     print("wrote", *wrote)
     if following:
         print("next: python", following, shlex.join(args.given))

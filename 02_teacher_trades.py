@@ -79,7 +79,8 @@ def main():
         student = named_student(args, net)
         file, following = f"02_{args.student}", f"{CHAPTERS[1]} --judge"
     settings = {**net["settings"], **args.settings, "genotype": student, "student": name}
-    checkpoint, state, log = (args.out / f"{file}{end}" for end in (".pt", ".state", "_log.csv"))
+    ends = ".pt", ".pt2", ".state", "_log.csv"
+    checkpoint, exported, state, log = (args.out / f"{file}{end}" for end in ends)
     if args.restart:
         checkpoint.unlink(missing_ok=True)
         state.unlink(missing_ok=True)
@@ -89,16 +90,15 @@ def main():
     shared = moved(net["weights"], device, learn=True)
     optimizer = torch.optim.SGD(shared.values(), momentum=0.9, weight_decay=2e-4)  # 5.0.1
     rows, best = resume(state, settings, shared, optimizer)
-    attack = args.eps / 255, args.step_size / 255, args.steps
+    args.attack = args.eps / 255, args.step_size / 255, args.steps
     print(f"TRADES, {name}, {args.epochs} epochs, on {where}")
 
     for epoch in range(len(rows), args.epochs):
         begun = time.monotonic()
         torch.manual_seed(args.seed * 10**6 + epoch)  # so stopping changes no draw
         order = torch.randperm(len(data["train"])).to(device)
-        losses = torch.zeros(batches, 3, device=device)
-        for i in counted(f"epoch {epoch + 1}:", 0, batches, rounds=args.epochs - epoch):
-            pick = order[i * batch : (i + 1) * batch]
+        picks, losses = order.split(batch)[:batches], []
+        for pick in counted(f"epoch {epoch + 1}:", picks, rounds=args.epochs - epoch):
             x, y = augment(data["train"][pick]) / 255, data["train_labels"][pick]
             network = Network(net, shared, student)  # f: slices of the weights as they are now
             with precision:
@@ -109,21 +109,21 @@ def main():
                 # Batch norm has the statistics of each step's x', as in the loss below: with those
                 # of x in all steps, a network that starts at random learns worse.
                 target, noise = log_f.detach(), 0.001 * torch.randn_like(x)
-                x_adv = pgd(network, x, lambda z: kl(target, z), noise, *attack)
+                x_adv = pgd(network, x, lambda z: kl(target, z), noise, *args.attack)
 
                 # The outer one: gradients flow through both sides of the KL.
                 cross_entropy, robust_kl = F.cross_entropy(logits, y), kl(log_f, network(x_adv))
                 loss = cross_entropy + args.beta * robust_kl
 
-            share = (epoch + (i + 1) / batches) / args.epochs  # of the run
+            losses.append(torch.stack([loss, cross_entropy, robust_kl]).detach())
+            share = (epoch + len(losses) / batches) / args.epochs  # of the run
             cosine = (1 + math.cos(math.pi * share)) / 2  # from 1 to 0
-            optimizer.param_groups[0]["lr"] = args.lr * min(share / args.warmup, cosine)
+            optimizer.param_groups[0]["lr"] = lr = args.lr * min(share / args.warmup, cosine)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses[i] = torch.stack([loss, cross_entropy, robust_kl]).detach()
 
-        row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
+        row = {"epoch": epoch + 1, "lr": lr}
         row |= averages(losses, "loss", "cross_entropy", "kl")
         row["natural"], row["robust"] = accuracies(Network(net, shared, student), data, args)
         rows.append({**row, "seconds": time.monotonic() - begun})
@@ -131,16 +131,16 @@ def main():
         write_csv(log, rows)
         if not best or row["robust"] > best["robust"]:
             best = {**row, "weights": moved(shared, "cpu")}
-        going_on = {"weights": shared, "sgd": optimizer.state_dict(), "rows": rows, "best": best}
-        save(state, settings, [net], **going_on)
-    save(checkpoint, settings, [net], weights=best["weights"])
+        momentum = optimizer.state_dict()
+        save(state, settings, net, weights=shared, sgd=momentum, rows=rows, best=best)
+    save(checkpoint, settings, net, weights=best["weights"])
     network = Network(net, moved(best["weights"], device), student)
     network = calibrated(network, data["calibration"])
-    export(network, checkpoint.with_suffix(".pt2"), data["names"])
+    export(network, exported, data["names"])
     state.unlink()  # last: a checkpoint beside its state is not done yet
     table = {name: best[name] for name in ("epoch", "loss", "natural", "robust")}
     table["--sharpen"] = sharpening(network, data["held_out"], data["held_out_labels"])
-    finish(args, [table], [checkpoint, checkpoint.with_suffix(".pt2"), log], following)
+    finish(args, [table], [checkpoint, exported, log], following)
 
 
 def pgd(network, x, loss, noise, eps, step_size, steps):
@@ -162,8 +162,8 @@ def kl(target, logits):
 
 
 def averages(losses, *names):
-    """An epoch's mean losses, from (batches, names), by name; exits if one is not finite."""
-    means = losses.mean(0).tolist()
+    """An epoch's mean losses, from one tensor a batch, by name; exits if one is not finite."""
+    means = torch.stack(losses).mean(0).tolist()
     if not math.isfinite(sum(means)):
         fail("the loss is not finite: --restart with a lower --lr")
     return dict(zip(names, means))
@@ -190,11 +190,10 @@ def judge(network, images, labels, eps, step_size, steps, batch=100):
     noise = 2 * torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
     noise = noise.to(images.device) * (eps if steps > 1 else 0)
     natural = torch.cat([network(x / 255).argmax(1) for x in images.split(batch)]) == labels
-    right, robust = natural.nonzero()[:, 0], torch.zeros_like(natural)
-    for i in range(0, len(right), batch):
-        pick = right[i : i + batch]
+    robust = torch.zeros_like(natural)
+    for pick in natural.nonzero()[:, 0].split(batch):
         if images.is_cuda:  # filled up: cuDNN meets one shape, and builds its kernels once
-            pick = pick.repeat(batch // len(pick) + 1)[:batch]
+            pick = pick.repeat(batch)[:batch]
         x, y = images[pick] / 255, labels[pick]
         x_adv = pgd(network, x, lambda z: F.cross_entropy(z, y), noise, eps, step_size, steps)
         robust[pick] = network(x_adv).argmax(1) == y
@@ -205,7 +204,7 @@ def accuracies(network, data, args):
     """(natural, robust) accuracy of a student, shares of 1, on held-out training images."""
     network = calibrated(network, data["calibration"])
     images, labels = data["held_out"][: args.val_images], data["held_out_labels"][: args.val_images]
-    right = judge(network, images, labels, args.eps / 255, args.step_size / 255, args.steps)
+    right = judge(network, images, labels, *args.attack)
     return [part.sum().item() / len(part) for part in right]
 
 
@@ -224,8 +223,8 @@ def table1(args, net, data, device):
     the largest student of a dynamic network (03_*.pt), and what a search chose, which is exported.
     FGSM is one step of eps, PGD 20 of 2/255."""
     rows, wrote, names = [], [args.out / "table1.csv"], {**net["students"]}
-    found = [usable(path, net["settings"]) for path in sorted(args.out.glob("05_search*.pt"))]
-    searches = [search for search in found if search]
+    paths = sorted(args.out.glob("05_search*.pt"))
+    searches = [search for path in paths if (search := usable(path, net["settings"]))]
     for search in searches:
         names |= search["students"]
     for path in sorted(args.out.glob("0[23]_*.pt")):
@@ -245,16 +244,21 @@ def table1(args, net, data, device):
             print(f"  {path.stem}, {name}, on {device} in float32")
             network = Network(net, moved(trained["weights"], device), student)
             judged = calibrated(network, data["calibration"])
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
+            with FlopCounterMode(display=False) as counter:
                 judged(data["test"][:1] / 255)
             test = judged, data["test"], data["test_labels"], args.eps / 255
             natural, fgsm = judge(*test, args.eps / 255, 1)
             right = {"natural": natural, "fgsm": fgsm, "pgd20": judge(*test, 2 / 255, 20)[1]}
-            row = {"file": path.stem, "student": name, "eps": args.eps}
-            row["params"] = sum(part.numel() for part in network.slices.values())
-            row["macs"] = counter.get_total_flops() // 2
-            row |= {key: part.sum().item() / len(part) for key, part in right.items()}
-            rows.append({**row, "made_from": mark})  # by this chapter 5 knows if the row is stale
+            row = {
+                "file": path.stem,
+                "student": name,
+                "eps": args.eps,
+                "params": sum(part.numel() for part in network.slices.values()),
+                "macs": counter.get_total_flops() // 2,
+                **{key: part.sum().item() / len(part) for key, part in right.items()},
+                "made_from": mark,  # by this chapter 5 knows if the row is stale
+            }
+            rows.append(row)
             if name != own_name:  # a search's: best, best_500M, best_random
                 wrote.append(args.out / f"{name.replace('best', 'student')}.pt2")
                 export(judged, wrote[-1], data["names"])
@@ -354,16 +358,16 @@ def named_student(args, net):
     return students.get(args.student) or fail(f"choose --student from {', '.join(students)}")
 
 
-def counted(name, begin, end, rounds=1):
-    """range(begin, end), with a line every ten seconds: how far it is, and the minutes left for so
-    many rounds, as epochs are."""
+def counted(name, items, rounds=1):
+    """The items, with a line every ten seconds: how far it is, and the minutes left for so many
+    rounds, as epochs are."""
     begun = said = time.monotonic()
-    for i in range(begin, end):
+    for i, item in enumerate(items):
         if time.monotonic() - said > 10:
             said = time.monotonic()
-            left = (said - begun) / (i - begin) * (rounds * end - i) / 60
-            print(f"  {name} {i}/{end}, {left:.1f} minutes left")
-        yield i
+            left = (said - begun) / i * (rounds * len(items) - i) / 60
+            print(f"  {name} {i}/{len(items)}, {left:.1f} minutes left")
+        yield item
 
 
 def resume(path, settings, shared, optimizer):
@@ -391,8 +395,7 @@ class Slices:
         """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
         if name not in self.slices:
             with torch.enable_grad():  # for later calls; the first one may be under no_grad
-                inputs = 1 if depthwise else x.shape[1]
-                weight = self.shared[name][:out, :inputs]
+                weight = self.shared[name][:out, : x.shape[1]]  # depthwise there is one input alone
                 while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
                     side = weight.shape[-1] - 2
                     centre = weight[:, :, 1:-1, 1:-1].reshape(out, side * side)
@@ -440,7 +443,6 @@ class Network(Slices):
         self.net, self.choice = net, dict(zip(net["genes"], student))
         self.stats = {}  # {layer: (mean, variance) of its output's channels}
         self.momentum = 1.0  # of these averages: 1 keeps those of the last batch alone
-        self.folded = False  # whether batch norm has become part of the convolutions
 
     def __call__(self, x):
         x = x.contiguous(memory_format=torch.channels_last)  # a fifth faster than channels first
@@ -451,21 +453,21 @@ class Network(Slices):
         """Dyn-ResNet50, from images to the pooled map (B, C, 1, 1)."""
         net, choice = self.net, self.choice
         mid = divisible(divisible(net["stem"] * choice["width_mid"]) // 2)
-        stem = divisible(net["stem"] * choice["width_stem"])
         x = F.relu_(self.conv_bn("stem_1", x, mid, 3, net["stem_stride"]))
-        if choice["depth_stem"] > 0:
+        if choice["depth_stem"]:
             x = x + F.relu_(self.conv_bn("stem_2", x, mid, 3))
-        x = F.relu_(self.conv_bn("stem_3", x, stem, 3))
+        x = F.relu_(self.conv_bn("stem_3", x, divisible(net["stem"] * choice["width_stem"]), 3))
         for i, (channels, blocks, stride) in enumerate(net["stages"], 1):
             out = divisible(channels * choice[f"width_{i}"])
             for j in range(1, blocks + choice[f"depth_{i}"] + 1):
                 middle = divisible(round(out * choice[f"expand_{i}_{j}"]))
                 y = F.relu_(self.conv_bn(f"{i}_{j}_reduce", x, middle))
-                y = F.relu_(self.conv_bn(f"{i}_{j}_middle", y, middle, 3, stride if j == 1 else 1))
+                y = F.relu_(self.conv_bn(f"{i}_{j}_middle", y, middle, 3, stride))
                 y = self.conv_bn(f"{i}_{j}_last", y, out)
                 if j == 1:  # the first block of a stage changes the shape
                     x = self.conv_bn(f"{i}_{j}_shortcut", F.avg_pool2d(x, stride), out)
                 x = F.relu_(x + y)
+                stride = 1  # of the blocks that follow
         return x.mean((2, 3), keepdim=True)
 
     def mobilenet(self, x):
@@ -475,18 +477,19 @@ class Network(Slices):
         y = F.relu_(self.conv_bn("0_1_middle", x, net["stem"], 3, depthwise=True))
         x = x + self.conv_bn("0_1_last", y, net["stem"])
         for i, (out, stride, activation, gated) in enumerate(net["stages"], 1):
-            act = F.hardswish if activation == "hardswish" else F.relu_
+            act = getattr(F, activation)
             for j in range(1, choice[f"depth_{i}"] + 1):
-                name, kernel, step = f"{i}_{j}", choice[f"kernel_{i}_{j}"], stride if j == 1 else 1
+                kernel = choice[f"kernel_{i}_{j}"]
                 middle = divisible(round(x.shape[1] * choice[f"expand_{i}_{j}"]))
-                y = act(self.conv_bn(f"{name}_reduce", x, middle))
-                y = act(self.conv_bn(f"{name}_middle", y, middle, kernel, step, depthwise=True))
+                y = act(self.conv_bn(f"{i}_{j}_reduce", x, middle))
+                y = act(self.conv_bn(f"{i}_{j}_middle", y, middle, kernel, stride, depthwise=True))
                 if gated:  # squeeze-and-excitation
                     gate, squeezed = y.mean((2, 3), keepdim=True), divisible(middle // 4)
-                    gate = F.relu_(self.conv(f"{name}_squeeze", gate, squeezed, bias=True))
-                    y = y * F.hardsigmoid(self.conv(f"{name}_excite", gate, middle, bias=True))
-                y = self.conv_bn(f"{name}_last", y, out)
+                    gate = F.relu_(self.conv(f"{i}_{j}_squeeze", gate, squeezed, bias=True))
+                    y = y * F.hardsigmoid(self.conv(f"{i}_{j}_excite", gate, middle, bias=True))
+                y = self.conv_bn(f"{i}_{j}_last", y, out)
                 x = x + y if x.shape[1:] == y.shape[1:] else y
+                stride = 1  # of the blocks that follow
         x = F.hardswish(self.conv_bn("head_1", x, net["head"][0]))
         return F.hardswish(self.conv("head_2", x.mean((2, 3), keepdim=True), net["head"][1]))
 
@@ -495,7 +498,7 @@ class Network(Slices):
         """A student whose batch norms have the statistics that are now in `stats`, to be judged and
         for chapter 3's attack: a scale and a shift, which become part of each convolution."""
         student = copy.copy(self)
-        student.slices, student.folded = {**self.slices}, True
+        student.slices = {**self.slices}
         for name, (mean, variance) in self.stats.items():
             scale, shift = (student.slices.pop(f"{name}_{part}") for part in ("scale", "shift"))
             factor = scale / (variance + 1e-5).sqrt()
@@ -504,8 +507,9 @@ class Network(Slices):
         return student
 
     def conv_bn(self, name, x, out, *sizes, **options):
-        x = self.conv(name, x, out, *sizes, **options, bias=self.folded)
-        if self.folded:
+        folded = f"{name}_bias" in self.slices  # batch norm is part of the convolution
+        x = self.conv(name, x, out, *sizes, **options, bias=folded)
+        if folded:
             return x
         scale, shift = (self.vector(f"{name}_{part}", out) for part in ("scale", "shift"))
         if name not in self.stats:
@@ -532,7 +536,7 @@ def write(path, content):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, path)  # a full disk's has no name
     finally:
@@ -547,49 +551,49 @@ def write_csv(path, rows):
     write(path, text.getvalue().encode(errors="replace"))
 
 
-def save(path, settings, sources, **content):
-    """Write what load() reads, with the checksums of its sources, which load() has returned. A file
-    that another run has written, with other settings, is not overwritten."""
-    settings, made_from = {**settings, "file": path.name}, {}
+def save(path, settings, source, **content):
+    """Write what load() reads, with the checksums of its source, which load() has returned, and of
+    what that was made from. A file that another run has written, with other settings, is not
+    overwritten."""
     if path.exists():
         there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if there["settings"] != settings:
             fail(f"{path} is another run's by now, of other settings: give each one its own --out")
-    for source in sources:
-        made_from |= source["made_from"] | {source["settings"]["file"]: source["mark"]}
+    made_from = source["made_from"] | {source["file"]: source["mark"]} if source else {}
+    about = {"file": path.name, "settings": settings, "made_from": made_from}
     buffer = io.BytesIO()
-    torch.save({"settings": settings, "made_from": made_from, **content}, buffer)
+    torch.save(about | content, buffer)
     write(path, buffer.getvalue())
 
 
 def load(path, settings):
     """What save() wrote, and `mark`, its checksum; exits if it is damaged, of other settings, or
     stale: if a file from which it was made, directly or by way of others, has changed."""
-    content = path.read_bytes()
+    own_mark = checksum(path)
     try:
-        if zipfile.ZipFile(io.BytesIO(content)).testzip():
+        if zipfile.ZipFile(path).testzip():
             raise zipfile.BadZipFile
-        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        made_with, made_from = dict(loaded["settings"]), dict(loaded["made_from"])
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        file, made_with, made_from = loaded["file"], loaded["settings"], loaded["made_from"]
     except Exception as error:  # of many kinds
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
-    if made_with["file"] != path.name:
-        fail(f"{path} is a copy of a {made_with['file']}, which is not read by this name")
+    if file != path.name:
+        fail(f"{path} is a copy of a {file}, which is not read by this name")
     again = f"run {CHAPTERS[int(path.name[:2]) - 1]} with its flags and --restart"
-    for name, value in {**settings, "file": path.name}.items():
+    for name, value in settings.items():
         old = made_with.get(name)
         if old != value:  # a common flag: its old value goes on, even if the images have moved
             way = shlex.join([f"--{name}={old}"]) if name in COMMON else again
             fail(f"{path}: {name} was {old}, not {value}: {way} or take another --out")
     for name, mark in made_from.items():
         source = path.with_name(name)
-        if source.exists() and checksum(source.read_bytes()) != mark:
+        if source.exists() and checksum(source) != mark:
             fail(f"{path} is stale: {name} is another one by now: {again}")
-    return {**loaded, "mark": checksum(content)}
+    return {**loaded, "mark": own_mark}
 
 
-def checksum(content):
-    return hashlib.sha256(content).hexdigest()[:12]
+def checksum(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 CHAPTERS = """01_dynamic_net.py 02_teacher_trades.py 03_progressive_rslad.py 04_predictor.py
@@ -613,7 +617,7 @@ def read_flags(**others):
     others["restart"] = {"action": "store_true", "help": "start this chapter over"}
     for flag, (*values, least, most, text) in FLAGS.items():
         text += f"; {least} to {most}; presets {values}"
-        others[flag] = {"type": type(values[0]), "help": text}
+        others[flag] = {"type": type(values[0]), "help": text, "default": argparse.SUPPRESS}
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = fail
@@ -621,20 +625,17 @@ def read_flags(**others):
         parser.add_argument(f"--{flag.replace('_', '-')}", **options)
     args = parser.parse_args()
     args.given = [
-        f"--{flag}={value}"
-        for flag, value in vars(args).items()
-        if flag in COMMON and value != parser.get_default(flag)
+        f"--{flag}={getattr(args, flag)}"
+        for flag in COMMON
+        if getattr(args, flag) != parser.get_default(flag)
     ]
     usual = "tiny" if args.dataset == "toy" else "paper"
     preset, args.settings = args.preset or usual, {}
     for flag, (*values, least, most, text) in FLAGS.items():
-        value = getattr(args, flag)
-        if value is None:
-            value = values[PRESETS.index(preset)]
+        value = vars(args).setdefault(flag, values[PRESETS.index(preset)])
         if not least <= value <= most:
             fail(f"{flag} is {value}, not {least} to {most}: {text}")
         args.settings[flag] = value
-    vars(args).update(args.settings)
     if not 0 <= args.seed < 2**31:
         fail(f"--seed is {args.seed}, not 0 to {2**31 - 1}")
     folder, built_in = Path(args.dataset).resolve(), args.dataset in ("cifar10", "cifar100", "toy")
@@ -642,9 +643,8 @@ def read_flags(**others):
         fail(f"--dataset {args.dataset}: write ./{args.dataset}, or rename the folder of this name")
     dataset = args.dataset if built_in else str(folder)  # two folders may have one last name
     args.common = {"dataset": dataset, "net": args.net, "preset": preset, "seed": args.seed}
-    words = [folder.name, args.net] + [preset] * (preset != usual)
-    words += [f"seed{args.seed}"] * (args.seed > 0)
-    args.out = args.out or Path("runs", "-".join(words))
+    name = f"{folder.name}-{args.net}" + f"-{preset}" * (preset != usual)
+    args.out = args.out or Path("runs", name + f"-seed{args.seed}" * (args.seed > 0))
     return args
 
 
@@ -652,8 +652,7 @@ def finish(args, rows, wrote, following=""):
     """Print a table, where it stands, and the next command."""
     if rows:
         for line in [rows[0], *(row.values() for row in rows)]:
-            cells = (format(cell, ".4g") if isinstance(cell, float) else cell for cell in line)
-            print(*(f"{cell:>17}" for cell in cells))
+            print(*(format(cell, ">17.4g" if isinstance(cell, float) else ">17") for cell in line))
     print("wrote", *wrote)
     if following:
         print("next: python", following, shlex.join(args.given))

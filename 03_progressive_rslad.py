@@ -11,7 +11,7 @@
 Students shrink in three phases; Dyn-MobileNetV3 has kernels in place of widths. RSLAD (Zi et al.,
 2021): the teacher's answer to the natural image is the target, with and without the attack.
 
-New here: main, sort_channels, exported_network; the rest is as in chapters 1 and 2.
+New here: main, draw, sort_channels, exported_network; the rest is as in chapters 1 and 2.
 
     python 03_progressive_rslad.py --dataset cifar10     # the paper's schedule, on a GPU
     python 03_progressive_rslad.py --sampling random     # the paper's baseline: all genes vary
@@ -65,9 +65,6 @@ VARIES = {  # figure 4: the kinds of genes that vary in each of the three phases
     "fixed": [()],  # none, in one phase as long as the three
 }
 
-# Of whom accuracies are logged: which choice of every gene. "middle" takes the second of each.
-SHOWN = {"largest": -1, "middle": 1, "smallest": 0}
-
 
 def main():
     args = read_flags(
@@ -85,28 +82,25 @@ def main():
         fail(f"--teacher {args.teacher}: give it another name, as wrn.pt2")
     start = args.start or ("random" if args.student else "teacher")
     device, precision, where = pick_device(args)
-    needed = ["01_images.pt", "01_dynamic_net.pt", "02_teacher.pt"]
-    if args.teacher and start == "random":
-        needed.pop()
-    run_missing(args, *needed)
+    ours = [] if args.teacher and start == "random" else ["02_teacher.pt"]  # if it is needed
+    run_missing(args, "01_images.pt", "01_dynamic_net.pt", *ours)
     data = moved(load(args.out / "01_images.pt", args.common), device)
     net = load(args.out / "01_dynamic_net.pt", args.common)
-    trained = load(args.out / "02_teacher.pt", net["settings"]) if len(needed) == 3 else None
+    source = load(args.out / "02_teacher.pt", net["settings"]) if ours else net
     batch = min(args.batch_size, len(data["train"]))
     batches = len(data["train"]) // batch  # of an epoch; an incomplete batch is left out
     if batches * args.epochs == 1:  # the last iteration's learning rate is 0
         fail("with one iteration nothing is learned: take more --epochs")
     base = named_student(args, net) if args.student else student_at(net, -1)  # what does not vary
-    begin_with = trained if start == "teacher" else net  # which has chapter 1's random weights
+    begin_with = source if start == "teacher" else net  # which has chapter 1's random weights
     if args.teacher:
-        sources, taught_by = [begin_with], args.teacher.stem
-        mark = checksum(args.teacher.read_bytes())
+        taught_by, mark = args.teacher.stem, checksum(args.teacher)
         teacher = exported_network(args.teacher, data["train"][:batch] / 255, net["classes"])
     else:
         # A copy, which does not learn. Its batch norms have each batch's statistics, as the
         # student's: so the largest student begins as the teacher, and what moves it is the method.
-        sources, taught_by, mark = [net, trained], "teacher", ""
-        teacher = Network(net, moved(trained["weights"], device), student_at(net, -1))
+        taught_by, mark = "teacher", ""
+        teacher = Network(net, moved(source["weights"], device), student_at(net, -1))
     settings = {**net["settings"], **args.settings, "start": start, "genotype": base}
     settings |= {"student": args.student or "largest", "teacher": f"{taught_by} {mark}"}
     file, following = f"03_{args.sampling}", f"04_predictor.py --sampling={args.sampling}"
@@ -123,11 +117,11 @@ def main():
     shared = moved(begin_with["weights"], device, learn=True)
     optimizer = torch.optim.SGD(shared.values(), momentum=0.9, weight_decay=2e-4)  # 5.0.1
     rows = resume(state, settings, shared, optimizer)[0]
-    phases, shown = VARIES[args.sampling], {"student": base}
-    if not args.student:
-        shown = {name: student_at(net, place) for name, place in SHOWN.items()}
+    phases, shown = VARIES[args.sampling], {"student": base}  # whose accuracies are logged
+    if not args.student:  # "middle" takes the second choice of every gene
+        shown = {"largest": base, "middle": student_at(net, 1), "smallest": student_at(net, 0)}
     epochs, epochs_of_phase = 3 * args.epochs, 3 * args.epochs // len(phases)
-    attack = args.eps / 255, args.step_size / 255, args.steps
+    args.attack = args.eps / 255, args.step_size / 255, args.steps
     print(f"RSLAD, {args.sampling} sampling, {epochs} epochs, on {where}")
 
     for epoch in range(len(rows), epochs):
@@ -142,10 +136,10 @@ def main():
             if "expand" in varies and phase == first:
                 sort_channels(net, shared)  # once, before expansions vary
         order = torch.randperm(len(data["train"])).to(device)
-        losses = torch.zeros(batches, 3, device=device)
-        for i in counted(f"epoch {epoch + 1}:", 0, batches, rounds=epochs - epoch):
-            x = augment(data["train"][order[i * batch : (i + 1) * batch]]) / 255
-            student = sample(net, rng, varies, base)  # another one in each iteration
+        picks, losses = order.split(batch)[:batches], []
+        for pick in counted(f"epoch {epoch + 1}:", picks, rounds=epochs - epoch):
+            x = augment(data["train"][pick]) / 255
+            student = draw(net, rng, varies, base)  # another one in each iteration
             network = Network(net, shared, student)
             with precision:
                 with torch.no_grad():
@@ -155,24 +149,24 @@ def main():
                 # L_max of equation 2: the attack, on the student with the statistics of x, as left
                 # above. At a KL of 0 its gradient is 0: start near x.
                 noise = 0.001 * torch.randn_like(x)
-                x_adv = pgd(network.fold_norms(), x, lambda z: kl(target, z), noise, *attack)
+                x_adv = pgd(network.fold_norms(), x, lambda z: kl(target, z), noise, *args.attack)
 
                 # L_min: the loss. Batch statistics, since running ones would mix students.
                 adversarial_kl = kl(target, network(x_adv))
                 loss = (1 - args.alpha) * natural_kl + args.alpha * adversarial_kl
 
-            share = (epoch_of_phase + (i + 1) / batches) / epochs_of_phase  # of the phase
+            losses.append(torch.stack([loss, natural_kl, adversarial_kl]).detach())
+            share = (epoch_of_phase + len(losses) / batches) / epochs_of_phase  # of the phase
             cosine = (1 + math.cos(math.pi * share)) / 2  # from 1 to 0 in each phase
-            optimizer.param_groups[0]["lr"] = args.lr * min(share / args.warmup, cosine)
+            optimizer.param_groups[0]["lr"] = lr = args.lr * min(share / args.warmup, cosine)
             # Gradients flow through the slices into the shared weights (equation 3). SGD skips
             # layers that this student lacks, whose gradients are None; of the others what is
             # outside the slice moves, too, by momentum and decay.
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses[i] = torch.stack([loss, natural_kl, adversarial_kl]).detach()
 
-        row = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"]}
+        row = {"epoch": epoch + 1, "lr": lr}
         row |= averages(losses, "loss", "natural_kl", "adversarial_kl")
         for name, shown_student in shown.items():
             network = Network(net, shared, shown_student)
@@ -180,15 +174,27 @@ def main():
         rows.append({**row, "seconds": time.monotonic() - begun})
         print(", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()))
         write_csv(log, rows)
-        going_on = {"weights": shared, "sgd": optimizer.state_dict(), "rows": rows, "best": {}}
-        save(state, settings, sources, **going_on)
-    save(checkpoint, settings, sources, weights=moved(shared, "cpu"))
+        momentum = optimizer.state_dict()
+        save(state, settings, source, weights=shared, sgd=momentum, rows=rows, best={})
+    save(checkpoint, settings, source, weights=moved(shared, "cpu"))
     state.unlink()
-    table = []
-    for name in shown:
-        natural, robust = rows[-1][f"natural_{name}"], rows[-1][f"robust_{name}"]
-        table.append({"held-out images": name, "natural": natural, f"PGD-{args.steps}": robust})
+    table = [
+        {
+            "held-out images": name,
+            "natural": rows[-1][f"natural_{name}"],
+            f"PGD-{args.steps}": rows[-1][f"robust_{name}"],
+        }
+        for name in shown
+    ]
     finish(args, table, [checkpoint, log], following)
+
+
+def draw(net, rng, varies, base):
+    """A student: genes of the kinds in `varies` at random, the others of `base`."""
+    student = []
+    for (gene, choices), kept in zip(net["genes"].items(), base):
+        student.append(rng.choice(choices) if gene.split("_")[0] in varies else kept)
+    return canonical(net, student)
 
 
 def sort_channels(net, shared):
@@ -227,12 +233,10 @@ def exported_network(path, x, classes):  # exits if it does not give images x a 
     logging.disable(logging.WARNING)  # torch.export would log a traceback
     try:
         network = torch.export.load(path).module().to(x.device)
-    except Exception:  # of many kinds
-        fail(f"--teacher {path}: not what torch.export.save wrote, or of a newer torch")
-    try:
         shape = tuple(network(x).shape)
     except Exception as error:  # of many kinds
-        fail(f"--teacher {path}, given {len(x)} images: {str(error).splitlines()[0]}")
+        problem = f"of a newer torch, or not for {len(x)} such images: {str(error).splitlines()[0]}"
+        fail(f"--teacher {path}: not what torch.export.save wrote, {problem}")
     if shape != (len(x), classes):
         fail(f"--teacher {path} answers {shape}, not the logits {(len(x), classes)}")
     return network
@@ -258,8 +262,8 @@ def kl(target, logits):
 
 
 def averages(losses, *names):
-    """An epoch's mean losses, from (batches, names), by name; exits if one is not finite."""
-    means = losses.mean(0).tolist()
+    """An epoch's mean losses, from one tensor a batch, by name; exits if one is not finite."""
+    means = torch.stack(losses).mean(0).tolist()
     if not math.isfinite(sum(means)):
         fail("the loss is not finite: --restart with a lower --lr")
     return dict(zip(names, means))
@@ -285,11 +289,10 @@ def judge(network, images, labels, eps, step_size, steps, batch=100):
     noise = 2 * torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
     noise = noise.to(images.device) * (eps if steps > 1 else 0)
     natural = torch.cat([network(x / 255).argmax(1) for x in images.split(batch)]) == labels
-    right, robust = natural.nonzero()[:, 0], torch.zeros_like(natural)
-    for i in range(0, len(right), batch):
-        pick = right[i : i + batch]
+    robust = torch.zeros_like(natural)
+    for pick in natural.nonzero()[:, 0].split(batch):
         if images.is_cuda:  # filled up: cuDNN meets one shape, and builds its kernels once
-            pick = pick.repeat(batch // len(pick) + 1)[:batch]
+            pick = pick.repeat(batch)[:batch]
         x, y = images[pick] / 255, labels[pick]
         x_adv = pgd(network, x, lambda z: F.cross_entropy(z, y), noise, eps, step_size, steps)
         robust[pick] = network(x_adv).argmax(1) == y
@@ -300,7 +303,7 @@ def accuracies(network, data, args):
     """(natural, robust) accuracy of a student, shares of 1, on held-out training images."""
     network = calibrated(network, data["calibration"])
     images, labels = data["held_out"][: args.val_images], data["held_out_labels"][: args.val_images]
-    right = judge(network, images, labels, args.eps / 255, args.step_size / 255, args.steps)
+    right = judge(network, images, labels, *args.attack)
     return [part.sum().item() / len(part) for part in right]
 
 
@@ -368,16 +371,16 @@ def named_student(args, net):
     return students.get(args.student) or fail(f"choose --student from {', '.join(students)}")
 
 
-def counted(name, begin, end, rounds=1):
-    """range(begin, end), with a line every ten seconds: how far it is, and the minutes left for so
-    many rounds, as epochs are."""
+def counted(name, items, rounds=1):
+    """The items, with a line every ten seconds: how far it is, and the minutes left for so many
+    rounds, as epochs are."""
     begun = said = time.monotonic()
-    for i in range(begin, end):
+    for i, item in enumerate(items):
         if time.monotonic() - said > 10:
             said = time.monotonic()
-            left = (said - begun) / (i - begin) * (rounds * end - i) / 60
-            print(f"  {name} {i}/{end}, {left:.1f} minutes left")
-        yield i
+            left = (said - begun) / i * (rounds * len(items) - i) / 60
+            print(f"  {name} {i}/{len(items)}, {left:.1f} minutes left")
+        yield item
 
 
 def resume(path, settings, shared, optimizer):
@@ -405,8 +408,7 @@ class Slices:
         """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
         if name not in self.slices:
             with torch.enable_grad():  # for later calls; the first one may be under no_grad
-                inputs = 1 if depthwise else x.shape[1]
-                weight = self.shared[name][:out, :inputs]
+                weight = self.shared[name][:out, : x.shape[1]]  # depthwise there is one input alone
                 while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
                     side = weight.shape[-1] - 2
                     centre = weight[:, :, 1:-1, 1:-1].reshape(out, side * side)
@@ -444,15 +446,6 @@ def student_at(net, place):
     return canonical(net, [choices[place] for choices in net["genes"].values()])
 
 
-def sample(net, rng, varies=None, base=()):
-    """A student: genes of the kinds in `varies` (None: all) at random, the others of `base`."""
-    student = []
-    for (gene, choices), kept in zip(net["genes"].items(), base or student_at(net, -1)):
-        at_random = varies is None or gene.split("_")[0] in varies
-        student.append(rng.choice(choices) if at_random else kept)
-    return canonical(net, student)
-
-
 class Network(Slices):
     """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its weights are
     slices as they were in the first call: after an SGD step, make a new one. Batch norm has the
@@ -463,7 +456,6 @@ class Network(Slices):
         self.net, self.choice = net, dict(zip(net["genes"], student))
         self.stats = {}  # {layer: (mean, variance) of its output's channels}
         self.momentum = 1.0  # of these averages: 1 keeps those of the last batch alone
-        self.folded = False  # whether batch norm has become part of the convolutions
 
     def __call__(self, x):
         x = x.contiguous(memory_format=torch.channels_last)  # a fifth faster than channels first
@@ -474,21 +466,21 @@ class Network(Slices):
         """Dyn-ResNet50, from images to the pooled map (B, C, 1, 1)."""
         net, choice = self.net, self.choice
         mid = divisible(divisible(net["stem"] * choice["width_mid"]) // 2)
-        stem = divisible(net["stem"] * choice["width_stem"])
         x = F.relu_(self.conv_bn("stem_1", x, mid, 3, net["stem_stride"]))
-        if choice["depth_stem"] > 0:
+        if choice["depth_stem"]:
             x = x + F.relu_(self.conv_bn("stem_2", x, mid, 3))
-        x = F.relu_(self.conv_bn("stem_3", x, stem, 3))
+        x = F.relu_(self.conv_bn("stem_3", x, divisible(net["stem"] * choice["width_stem"]), 3))
         for i, (channels, blocks, stride) in enumerate(net["stages"], 1):
             out = divisible(channels * choice[f"width_{i}"])
             for j in range(1, blocks + choice[f"depth_{i}"] + 1):
                 middle = divisible(round(out * choice[f"expand_{i}_{j}"]))
                 y = F.relu_(self.conv_bn(f"{i}_{j}_reduce", x, middle))
-                y = F.relu_(self.conv_bn(f"{i}_{j}_middle", y, middle, 3, stride if j == 1 else 1))
+                y = F.relu_(self.conv_bn(f"{i}_{j}_middle", y, middle, 3, stride))
                 y = self.conv_bn(f"{i}_{j}_last", y, out)
                 if j == 1:  # the first block of a stage changes the shape
                     x = self.conv_bn(f"{i}_{j}_shortcut", F.avg_pool2d(x, stride), out)
                 x = F.relu_(x + y)
+                stride = 1  # of the blocks that follow
         return x.mean((2, 3), keepdim=True)
 
     def mobilenet(self, x):
@@ -498,18 +490,19 @@ class Network(Slices):
         y = F.relu_(self.conv_bn("0_1_middle", x, net["stem"], 3, depthwise=True))
         x = x + self.conv_bn("0_1_last", y, net["stem"])
         for i, (out, stride, activation, gated) in enumerate(net["stages"], 1):
-            act = F.hardswish if activation == "hardswish" else F.relu_
+            act = getattr(F, activation)
             for j in range(1, choice[f"depth_{i}"] + 1):
-                name, kernel, step = f"{i}_{j}", choice[f"kernel_{i}_{j}"], stride if j == 1 else 1
+                kernel = choice[f"kernel_{i}_{j}"]
                 middle = divisible(round(x.shape[1] * choice[f"expand_{i}_{j}"]))
-                y = act(self.conv_bn(f"{name}_reduce", x, middle))
-                y = act(self.conv_bn(f"{name}_middle", y, middle, kernel, step, depthwise=True))
+                y = act(self.conv_bn(f"{i}_{j}_reduce", x, middle))
+                y = act(self.conv_bn(f"{i}_{j}_middle", y, middle, kernel, stride, depthwise=True))
                 if gated:  # squeeze-and-excitation
                     gate, squeezed = y.mean((2, 3), keepdim=True), divisible(middle // 4)
-                    gate = F.relu_(self.conv(f"{name}_squeeze", gate, squeezed, bias=True))
-                    y = y * F.hardsigmoid(self.conv(f"{name}_excite", gate, middle, bias=True))
-                y = self.conv_bn(f"{name}_last", y, out)
+                    gate = F.relu_(self.conv(f"{i}_{j}_squeeze", gate, squeezed, bias=True))
+                    y = y * F.hardsigmoid(self.conv(f"{i}_{j}_excite", gate, middle, bias=True))
+                y = self.conv_bn(f"{i}_{j}_last", y, out)
                 x = x + y if x.shape[1:] == y.shape[1:] else y
+                stride = 1  # of the blocks that follow
         x = F.hardswish(self.conv_bn("head_1", x, net["head"][0]))
         return F.hardswish(self.conv("head_2", x.mean((2, 3), keepdim=True), net["head"][1]))
 
@@ -518,7 +511,7 @@ class Network(Slices):
         """A student whose batch norms have the statistics that are now in `stats`, to be judged and
         for chapter 3's attack: a scale and a shift, which become part of each convolution."""
         student = copy.copy(self)
-        student.slices, student.folded = {**self.slices}, True
+        student.slices = {**self.slices}
         for name, (mean, variance) in self.stats.items():
             scale, shift = (student.slices.pop(f"{name}_{part}") for part in ("scale", "shift"))
             factor = scale / (variance + 1e-5).sqrt()
@@ -527,8 +520,9 @@ class Network(Slices):
         return student
 
     def conv_bn(self, name, x, out, *sizes, **options):
-        x = self.conv(name, x, out, *sizes, **options, bias=self.folded)
-        if self.folded:
+        folded = f"{name}_bias" in self.slices  # batch norm is part of the convolution
+        x = self.conv(name, x, out, *sizes, **options, bias=folded)
+        if folded:
             return x
         scale, shift = (self.vector(f"{name}_{part}", out) for part in ("scale", "shift"))
         if name not in self.stats:
@@ -555,7 +549,7 @@ def write(path, content):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, path)  # a full disk's has no name
     finally:
@@ -570,49 +564,49 @@ def write_csv(path, rows):
     write(path, text.getvalue().encode(errors="replace"))
 
 
-def save(path, settings, sources, **content):
-    """Write what load() reads, with the checksums of its sources, which load() has returned. A file
-    that another run has written, with other settings, is not overwritten."""
-    settings, made_from = {**settings, "file": path.name}, {}
+def save(path, settings, source, **content):
+    """Write what load() reads, with the checksums of its source, which load() has returned, and of
+    what that was made from. A file that another run has written, with other settings, is not
+    overwritten."""
     if path.exists():
         there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if there["settings"] != settings:
             fail(f"{path} is another run's by now, of other settings: give each one its own --out")
-    for source in sources:
-        made_from |= source["made_from"] | {source["settings"]["file"]: source["mark"]}
+    made_from = source["made_from"] | {source["file"]: source["mark"]} if source else {}
+    about = {"file": path.name, "settings": settings, "made_from": made_from}
     buffer = io.BytesIO()
-    torch.save({"settings": settings, "made_from": made_from, **content}, buffer)
+    torch.save(about | content, buffer)
     write(path, buffer.getvalue())
 
 
 def load(path, settings):
     """What save() wrote, and `mark`, its checksum; exits if it is damaged, of other settings, or
     stale: if a file from which it was made, directly or by way of others, has changed."""
-    content = path.read_bytes()
+    own_mark = checksum(path)
     try:
-        if zipfile.ZipFile(io.BytesIO(content)).testzip():
+        if zipfile.ZipFile(path).testzip():
             raise zipfile.BadZipFile
-        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        made_with, made_from = dict(loaded["settings"]), dict(loaded["made_from"])
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        file, made_with, made_from = loaded["file"], loaded["settings"], loaded["made_from"]
     except Exception as error:  # of many kinds
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
-    if made_with["file"] != path.name:
-        fail(f"{path} is a copy of a {made_with['file']}, which is not read by this name")
+    if file != path.name:
+        fail(f"{path} is a copy of a {file}, which is not read by this name")
     again = f"run {CHAPTERS[int(path.name[:2]) - 1]} with its flags and --restart"
-    for name, value in {**settings, "file": path.name}.items():
+    for name, value in settings.items():
         old = made_with.get(name)
         if old != value:  # a common flag: its old value goes on, even if the images have moved
             way = shlex.join([f"--{name}={old}"]) if name in COMMON else again
             fail(f"{path}: {name} was {old}, not {value}: {way} or take another --out")
     for name, mark in made_from.items():
         source = path.with_name(name)
-        if source.exists() and checksum(source.read_bytes()) != mark:
+        if source.exists() and checksum(source) != mark:
             fail(f"{path} is stale: {name} is another one by now: {again}")
-    return {**loaded, "mark": checksum(content)}
+    return {**loaded, "mark": own_mark}
 
 
-def checksum(content):
-    return hashlib.sha256(content).hexdigest()[:12]
+def checksum(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 CHAPTERS = """01_dynamic_net.py 02_teacher_trades.py 03_progressive_rslad.py 04_predictor.py
@@ -636,7 +630,7 @@ def read_flags(**others):
     others["restart"] = {"action": "store_true", "help": "start this chapter over"}
     for flag, (*values, least, most, text) in FLAGS.items():
         text += f"; {least} to {most}; presets {values}"
-        others[flag] = {"type": type(values[0]), "help": text}
+        others[flag] = {"type": type(values[0]), "help": text, "default": argparse.SUPPRESS}
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = fail
@@ -644,20 +638,17 @@ def read_flags(**others):
         parser.add_argument(f"--{flag.replace('_', '-')}", **options)
     args = parser.parse_args()
     args.given = [
-        f"--{flag}={value}"
-        for flag, value in vars(args).items()
-        if flag in COMMON and value != parser.get_default(flag)
+        f"--{flag}={getattr(args, flag)}"
+        for flag in COMMON
+        if getattr(args, flag) != parser.get_default(flag)
     ]
     usual = "tiny" if args.dataset == "toy" else "paper"
     preset, args.settings = args.preset or usual, {}
     for flag, (*values, least, most, text) in FLAGS.items():
-        value = getattr(args, flag)
-        if value is None:
-            value = values[PRESETS.index(preset)]
+        value = vars(args).setdefault(flag, values[PRESETS.index(preset)])
         if not least <= value <= most:
             fail(f"{flag} is {value}, not {least} to {most}: {text}")
         args.settings[flag] = value
-    vars(args).update(args.settings)
     if not 0 <= args.seed < 2**31:
         fail(f"--seed is {args.seed}, not 0 to {2**31 - 1}")
     folder, built_in = Path(args.dataset).resolve(), args.dataset in ("cifar10", "cifar100", "toy")
@@ -665,9 +656,8 @@ def read_flags(**others):
         fail(f"--dataset {args.dataset}: write ./{args.dataset}, or rename the folder of this name")
     dataset = args.dataset if built_in else str(folder)  # two folders may have one last name
     args.common = {"dataset": dataset, "net": args.net, "preset": preset, "seed": args.seed}
-    words = [folder.name, args.net] + [preset] * (preset != usual)
-    words += [f"seed{args.seed}"] * (args.seed > 0)
-    args.out = args.out or Path("runs", "-".join(words))
+    name = f"{folder.name}-{args.net}" + f"-{preset}" * (preset != usual)
+    args.out = args.out or Path("runs", name + f"-seed{args.seed}" * (args.seed > 0))
     return args
 
 
@@ -675,8 +665,7 @@ def finish(args, rows, wrote, following=""):
     """Print a table, where it stands, and the next command."""
     if rows:
         for line in [rows[0], *(row.values() for row in rows)]:
-            cells = (format(cell, ".4g") if isinstance(cell, float) else cell for cell in line)
-            print(*(f"{cell:>17}" for cell in cells))
+            print(*(format(cell, ">17.4g" if isinstance(cell, float) else ">17") for cell in line))
     print("wrote", *wrote)
     if following:
         print("next: python", following, shlex.join(args.given))

@@ -83,21 +83,25 @@ def main():
         load(checkpoint, settings)  # exits if it is stale, or of other settings
         return finish(args, [], [f"{checkpoint} earlier (--restart makes it anew)"], following)
     shared = moved(trained["weights"], device)
+    args.attack = args.eps / 255, args.step_size / 255, args.steps
+    data |= {part: data[part][: args.images] for part in ("held_out", "held_out_labels")}
 
     fitting = "epochs", "test_students"  # need no new measurements
     measuring = {name: settings[name] for name in settings if name not in fitting}
     students = distinct_students(net, args)
     rows = load(state, measuring)["rows"] if state.exists() else []
-    count = min(args.images, len(data["held_out"]))
+    count = len(data["held_out"])
     print(f"{args.students} students, PGD-{args.steps}, {count} images, on {device} in float32")
-    for i in counted("students:", len(rows), args.students):
-        row = measure(args, Network(net, shared, students[i]), data)
-        rows.append({**dict(zip(net["genes"], students[i])), **row})
+    for student in counted("students:", students[len(rows) :]):
+        row = measure(args, Network(net, shared, student), data)
+        rows.append({**dict(zip(net["genes"], student)), **row})
         write_csv(state.with_suffix(".csv"), rows)
-        save(state, measuring, [trained], rows=rows)  # last: without it, a student is measured anew
+        save(state, measuring, trained, rows=rows)  # last: without it, a student is measured anew
 
-    measured = torch.tensor([[row["natural"], row["robust"]] for row in rows])  # (N, 2)
-    first_half = torch.tensor([[row["natural_half"], row["robust_half"]] for row in rows])
+    measured, first_half = (  # (N, 2)
+        torch.tensor([[row[f"natural{part}"], row[f"robust{part}"]] for row in rows])
+        for part in ("", "_half")
+    )
     train = args.students - args.test_students  # how many; the others test
     predictor = train_predictor(args, net, students[:train], measured[:train])
     predicted = predict_accuracy(predictor, net, students[train:])
@@ -111,7 +115,7 @@ def main():
     second = Network(net, shared, student_at(net, 1))  # the second choice of every gene
     write_csv(args.out / f"04_widths{end}.csv", widths(args, net, shared, teacher, data))
     write(args.out / f"04_pictures{end}.png", pictures(args, second, data))
-    save(checkpoint, settings, [trained], **predictor)
+    save(checkpoint, settings, trained, **predictor)
     print(f"\non {len(predicted)} students that were not used in training; shares of 1:")
     wrote = checkpoint, args.out / f"04_*{end}.csv", args.out / f"04_pictures{end}.png"
     finish(args, report, wrote, following)
@@ -122,8 +126,8 @@ def measure(args, network, data):
     half alone, of a student with batch-norm statistics of its own; and the seconds that it took."""
     begun = time.monotonic()
     network = calibrated(network, data["calibration"])
-    images, labels = data["held_out"][: args.images], data["held_out_labels"][: args.images]
-    right = judge(network, images, labels, args.eps / 255, args.step_size / 255, args.steps)
+    images, labels = data["held_out"], data["held_out_labels"]
+    right = judge(network, images, labels, *args.attack)
     row = {}
     for end, count in {"": len(images), "_half": len(images) // 2}.items():
         for name, part in zip(("natural", "robust"), right):
@@ -201,11 +205,9 @@ def compare(measured, first_half, predicted):
     """
     test = measured[-len(predicted) :]
     error = (predicted - test).square().mean(0).sqrt()
-    real, guessed = ((part[:, None] - part).sign() for part in (test, predicted))  # (T, T, 2)
-    untied, guessed_untied = (part.abs().sum((0, 1)) for part in (real, guessed))
-    tau = (real * guessed).sum((0, 1)) / (untied * guessed_untied).sqrt()
-    second_half = 2 * measured - first_half
-    moves = (second_half - first_half) / 2**0.5
+    real, guessed = ((part[:, None] - part).sign().flatten(0, 1) for part in (test, predicted))
+    tau = F.cosine_similarity(real, guessed, dim=0)  # of (T * T, 2): -1, 0 or 1 for each pair
+    moves = (measured - first_half) * 2**0.5  # the halves differ by twice what stands in ()
     columns = {
         "RMSE": error,
         "tau": tau,
@@ -213,11 +215,11 @@ def compare(measured, first_half, predicted):
         "sd of students": measured.std(0),
         "moves by": moves.std(0),
     }
-    rows = []
-    for i, (target, paper) in enumerate(PAPER.items()):
-        row = {name: column[i].item() for name, column in columns.items()}
-        rows.append({"target": target, "paper's RMSE": paper, **row})
-    return rows
+    return [
+        {"target": target, "paper's RMSE": paper}
+        | {name: column[i].item() for name, column in columns.items()}
+        for i, (target, paper) in enumerate(PAPER.items())
+    ]
 
 
 # ---- Figure 6, and pictures of an attack ---------------------------------------------------------
@@ -240,15 +242,14 @@ def pictures(args, network, data):
     from torchvision.utils import make_grid, save_image
 
     network = calibrated(network, data["calibration"])
-    x, y = data["held_out"][: args.images], data["held_out_labels"][: args.images]
-    right = torch.cat([network(part / 255).argmax(1) for part in x.split(100)]) == y
+    x, y = data["held_out"], data["held_out_labels"]
+    right = judge(network, x, y, 0, 0, 0)[0]  # without an attack
     pick = right.nonzero()[:8, 0].tolist() or [0]
     x, y = x[pick] / 255, y[pick]
-    attack = args.eps / 255, args.step_size / 255, args.steps
-    x_adv = pgd(network, x, lambda z: F.cross_entropy(z, y), torch.zeros_like(x), *attack)
+    x_adv = pgd(network, x, lambda z: F.cross_entropy(z, y), torch.zeros_like(x), *args.attack)
     change = 0.5 + 16 * (x_adv - x)
-    before, after = (network(at).argmax(1) == y for at in (x, x_adv))
-    right = torch.cat([before, before, after]).long().cpu()  # the change is framed as the image
+    # The change is framed as the image.
+    right = (network(torch.cat([x, x, x_adv])).argmax(1) == y.repeat(3)).long().cpu()
     red_green = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.6, 0.0]])
     frames = red_green[right, :, None, None].repeat(1, 1, 36, 36)
     frames[:, :, 2:-2, 2:-2] = torch.cat([x, change, x_adv]).clamp(0, 1).cpu()
@@ -292,11 +293,10 @@ def judge(network, images, labels, eps, step_size, steps, batch=100):
     noise = 2 * torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
     noise = noise.to(images.device) * (eps if steps > 1 else 0)
     natural = torch.cat([network(x / 255).argmax(1) for x in images.split(batch)]) == labels
-    right, robust = natural.nonzero()[:, 0], torch.zeros_like(natural)
-    for i in range(0, len(right), batch):
-        pick = right[i : i + batch]
+    robust = torch.zeros_like(natural)
+    for pick in natural.nonzero()[:, 0].split(batch):
         if images.is_cuda:  # filled up: cuDNN meets one shape, and builds its kernels once
-            pick = pick.repeat(batch // len(pick) + 1)[:batch]
+            pick = pick.repeat(batch)[:batch]
         x, y = images[pick] / 255, labels[pick]
         x_adv = pgd(network, x, lambda z: F.cross_entropy(z, y), noise, eps, step_size, steps)
         robust[pick] = network(x_adv).argmax(1) == y
@@ -348,16 +348,16 @@ def run_other(args, script, *flags):
         raise SystemExit(2)  # it has said why
 
 
-def counted(name, begin, end, rounds=1):
-    """range(begin, end), with a line every ten seconds: how far it is, and the minutes left for so
-    many rounds, as epochs are."""
+def counted(name, items, rounds=1):
+    """The items, with a line every ten seconds: how far it is, and the minutes left for so many
+    rounds, as epochs are."""
     begun = said = time.monotonic()
-    for i in range(begin, end):
+    for i, item in enumerate(items):
         if time.monotonic() - said > 10:
             said = time.monotonic()
-            left = (said - begun) / (i - begin) * (rounds * end - i) / 60
-            print(f"  {name} {i}/{end}, {left:.1f} minutes left")
-        yield i
+            left = (said - begun) / i * (rounds * len(items) - i) / 60
+            print(f"  {name} {i}/{len(items)}, {left:.1f} minutes left")
+        yield item
 
 
 # ---- The network, word for word as in chapter 1 --------------------------------------------------
@@ -372,8 +372,7 @@ class Slices:
         """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
         if name not in self.slices:
             with torch.enable_grad():  # for later calls; the first one may be under no_grad
-                inputs = 1 if depthwise else x.shape[1]
-                weight = self.shared[name][:out, :inputs]
+                weight = self.shared[name][:out, : x.shape[1]]  # depthwise there is one input alone
                 while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
                     side = weight.shape[-1] - 2
                     centre = weight[:, :, 1:-1, 1:-1].reshape(out, side * side)
@@ -411,13 +410,9 @@ def student_at(net, place):
     return canonical(net, [choices[place] for choices in net["genes"].values()])
 
 
-def sample(net, rng, varies=None, base=()):
-    """A student: genes of the kinds in `varies` (None: all) at random, the others of `base`."""
-    student = []
-    for (gene, choices), kept in zip(net["genes"].items(), base or student_at(net, -1)):
-        at_random = varies is None or gene.split("_")[0] in varies
-        student.append(rng.choice(choices) if at_random else kept)
-    return canonical(net, student)
+def sample(net, rng):
+    """A student, each gene at random."""
+    return canonical(net, [rng.choice(choices) for choices in net["genes"].values()])
 
 
 class Network(Slices):
@@ -430,7 +425,6 @@ class Network(Slices):
         self.net, self.choice = net, dict(zip(net["genes"], student))
         self.stats = {}  # {layer: (mean, variance) of its output's channels}
         self.momentum = 1.0  # of these averages: 1 keeps those of the last batch alone
-        self.folded = False  # whether batch norm has become part of the convolutions
 
     def __call__(self, x):
         x = x.contiguous(memory_format=torch.channels_last)  # a fifth faster than channels first
@@ -441,21 +435,21 @@ class Network(Slices):
         """Dyn-ResNet50, from images to the pooled map (B, C, 1, 1)."""
         net, choice = self.net, self.choice
         mid = divisible(divisible(net["stem"] * choice["width_mid"]) // 2)
-        stem = divisible(net["stem"] * choice["width_stem"])
         x = F.relu_(self.conv_bn("stem_1", x, mid, 3, net["stem_stride"]))
-        if choice["depth_stem"] > 0:
+        if choice["depth_stem"]:
             x = x + F.relu_(self.conv_bn("stem_2", x, mid, 3))
-        x = F.relu_(self.conv_bn("stem_3", x, stem, 3))
+        x = F.relu_(self.conv_bn("stem_3", x, divisible(net["stem"] * choice["width_stem"]), 3))
         for i, (channels, blocks, stride) in enumerate(net["stages"], 1):
             out = divisible(channels * choice[f"width_{i}"])
             for j in range(1, blocks + choice[f"depth_{i}"] + 1):
                 middle = divisible(round(out * choice[f"expand_{i}_{j}"]))
                 y = F.relu_(self.conv_bn(f"{i}_{j}_reduce", x, middle))
-                y = F.relu_(self.conv_bn(f"{i}_{j}_middle", y, middle, 3, stride if j == 1 else 1))
+                y = F.relu_(self.conv_bn(f"{i}_{j}_middle", y, middle, 3, stride))
                 y = self.conv_bn(f"{i}_{j}_last", y, out)
                 if j == 1:  # the first block of a stage changes the shape
                     x = self.conv_bn(f"{i}_{j}_shortcut", F.avg_pool2d(x, stride), out)
                 x = F.relu_(x + y)
+                stride = 1  # of the blocks that follow
         return x.mean((2, 3), keepdim=True)
 
     def mobilenet(self, x):
@@ -465,18 +459,19 @@ class Network(Slices):
         y = F.relu_(self.conv_bn("0_1_middle", x, net["stem"], 3, depthwise=True))
         x = x + self.conv_bn("0_1_last", y, net["stem"])
         for i, (out, stride, activation, gated) in enumerate(net["stages"], 1):
-            act = F.hardswish if activation == "hardswish" else F.relu_
+            act = getattr(F, activation)
             for j in range(1, choice[f"depth_{i}"] + 1):
-                name, kernel, step = f"{i}_{j}", choice[f"kernel_{i}_{j}"], stride if j == 1 else 1
+                kernel = choice[f"kernel_{i}_{j}"]
                 middle = divisible(round(x.shape[1] * choice[f"expand_{i}_{j}"]))
-                y = act(self.conv_bn(f"{name}_reduce", x, middle))
-                y = act(self.conv_bn(f"{name}_middle", y, middle, kernel, step, depthwise=True))
+                y = act(self.conv_bn(f"{i}_{j}_reduce", x, middle))
+                y = act(self.conv_bn(f"{i}_{j}_middle", y, middle, kernel, stride, depthwise=True))
                 if gated:  # squeeze-and-excitation
                     gate, squeezed = y.mean((2, 3), keepdim=True), divisible(middle // 4)
-                    gate = F.relu_(self.conv(f"{name}_squeeze", gate, squeezed, bias=True))
-                    y = y * F.hardsigmoid(self.conv(f"{name}_excite", gate, middle, bias=True))
-                y = self.conv_bn(f"{name}_last", y, out)
+                    gate = F.relu_(self.conv(f"{i}_{j}_squeeze", gate, squeezed, bias=True))
+                    y = y * F.hardsigmoid(self.conv(f"{i}_{j}_excite", gate, middle, bias=True))
+                y = self.conv_bn(f"{i}_{j}_last", y, out)
                 x = x + y if x.shape[1:] == y.shape[1:] else y
+                stride = 1  # of the blocks that follow
         x = F.hardswish(self.conv_bn("head_1", x, net["head"][0]))
         return F.hardswish(self.conv("head_2", x.mean((2, 3), keepdim=True), net["head"][1]))
 
@@ -485,7 +480,7 @@ class Network(Slices):
         """A student whose batch norms have the statistics that are now in `stats`, to be judged and
         for chapter 3's attack: a scale and a shift, which become part of each convolution."""
         student = copy.copy(self)
-        student.slices, student.folded = {**self.slices}, True
+        student.slices = {**self.slices}
         for name, (mean, variance) in self.stats.items():
             scale, shift = (student.slices.pop(f"{name}_{part}") for part in ("scale", "shift"))
             factor = scale / (variance + 1e-5).sqrt()
@@ -494,8 +489,9 @@ class Network(Slices):
         return student
 
     def conv_bn(self, name, x, out, *sizes, **options):
-        x = self.conv(name, x, out, *sizes, **options, bias=self.folded)
-        if self.folded:
+        folded = f"{name}_bias" in self.slices  # batch norm is part of the convolution
+        x = self.conv(name, x, out, *sizes, **options, bias=folded)
+        if folded:
             return x
         scale, shift = (self.vector(f"{name}_{part}", out) for part in ("scale", "shift"))
         if name not in self.stats:
@@ -513,7 +509,7 @@ def write(path, content):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, path)  # a full disk's has no name
     finally:
@@ -528,49 +524,49 @@ def write_csv(path, rows):
     write(path, text.getvalue().encode(errors="replace"))
 
 
-def save(path, settings, sources, **content):
-    """Write what load() reads, with the checksums of its sources, which load() has returned. A file
-    that another run has written, with other settings, is not overwritten."""
-    settings, made_from = {**settings, "file": path.name}, {}
+def save(path, settings, source, **content):
+    """Write what load() reads, with the checksums of its source, which load() has returned, and of
+    what that was made from. A file that another run has written, with other settings, is not
+    overwritten."""
     if path.exists():
         there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if there["settings"] != settings:
             fail(f"{path} is another run's by now, of other settings: give each one its own --out")
-    for source in sources:
-        made_from |= source["made_from"] | {source["settings"]["file"]: source["mark"]}
+    made_from = source["made_from"] | {source["file"]: source["mark"]} if source else {}
+    about = {"file": path.name, "settings": settings, "made_from": made_from}
     buffer = io.BytesIO()
-    torch.save({"settings": settings, "made_from": made_from, **content}, buffer)
+    torch.save(about | content, buffer)
     write(path, buffer.getvalue())
 
 
 def load(path, settings):
     """What save() wrote, and `mark`, its checksum; exits if it is damaged, of other settings, or
     stale: if a file from which it was made, directly or by way of others, has changed."""
-    content = path.read_bytes()
+    own_mark = checksum(path)
     try:
-        if zipfile.ZipFile(io.BytesIO(content)).testzip():
+        if zipfile.ZipFile(path).testzip():
             raise zipfile.BadZipFile
-        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        made_with, made_from = dict(loaded["settings"]), dict(loaded["made_from"])
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        file, made_with, made_from = loaded["file"], loaded["settings"], loaded["made_from"]
     except Exception as error:  # of many kinds
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
-    if made_with["file"] != path.name:
-        fail(f"{path} is a copy of a {made_with['file']}, which is not read by this name")
+    if file != path.name:
+        fail(f"{path} is a copy of a {file}, which is not read by this name")
     again = f"run {CHAPTERS[int(path.name[:2]) - 1]} with its flags and --restart"
-    for name, value in {**settings, "file": path.name}.items():
+    for name, value in settings.items():
         old = made_with.get(name)
         if old != value:  # a common flag: its old value goes on, even if the images have moved
             way = shlex.join([f"--{name}={old}"]) if name in COMMON else again
             fail(f"{path}: {name} was {old}, not {value}: {way} or take another --out")
     for name, mark in made_from.items():
         source = path.with_name(name)
-        if source.exists() and checksum(source.read_bytes()) != mark:
+        if source.exists() and checksum(source) != mark:
             fail(f"{path} is stale: {name} is another one by now: {again}")
-    return {**loaded, "mark": checksum(content)}
+    return {**loaded, "mark": own_mark}
 
 
-def checksum(content):
-    return hashlib.sha256(content).hexdigest()[:12]
+def checksum(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 CHAPTERS = """01_dynamic_net.py 02_teacher_trades.py 03_progressive_rslad.py 04_predictor.py
@@ -594,7 +590,7 @@ def read_flags(**others):
     others["restart"] = {"action": "store_true", "help": "start this chapter over"}
     for flag, (*values, least, most, text) in FLAGS.items():
         text += f"; {least} to {most}; presets {values}"
-        others[flag] = {"type": type(values[0]), "help": text}
+        others[flag] = {"type": type(values[0]), "help": text, "default": argparse.SUPPRESS}
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = fail
@@ -602,20 +598,17 @@ def read_flags(**others):
         parser.add_argument(f"--{flag.replace('_', '-')}", **options)
     args = parser.parse_args()
     args.given = [
-        f"--{flag}={value}"
-        for flag, value in vars(args).items()
-        if flag in COMMON and value != parser.get_default(flag)
+        f"--{flag}={getattr(args, flag)}"
+        for flag in COMMON
+        if getattr(args, flag) != parser.get_default(flag)
     ]
     usual = "tiny" if args.dataset == "toy" else "paper"
     preset, args.settings = args.preset or usual, {}
     for flag, (*values, least, most, text) in FLAGS.items():
-        value = getattr(args, flag)
-        if value is None:
-            value = values[PRESETS.index(preset)]
+        value = vars(args).setdefault(flag, values[PRESETS.index(preset)])
         if not least <= value <= most:
             fail(f"{flag} is {value}, not {least} to {most}: {text}")
         args.settings[flag] = value
-    vars(args).update(args.settings)
     if not 0 <= args.seed < 2**31:
         fail(f"--seed is {args.seed}, not 0 to {2**31 - 1}")
     folder, built_in = Path(args.dataset).resolve(), args.dataset in ("cifar10", "cifar100", "toy")
@@ -623,9 +616,8 @@ def read_flags(**others):
         fail(f"--dataset {args.dataset}: write ./{args.dataset}, or rename the folder of this name")
     dataset = args.dataset if built_in else str(folder)  # two folders may have one last name
     args.common = {"dataset": dataset, "net": args.net, "preset": preset, "seed": args.seed}
-    words = [folder.name, args.net] + [preset] * (preset != usual)
-    words += [f"seed{args.seed}"] * (args.seed > 0)
-    args.out = args.out or Path("runs", "-".join(words))
+    name = f"{folder.name}-{args.net}" + f"-{preset}" * (preset != usual)
+    args.out = args.out or Path("runs", name + f"-seed{args.seed}" * (args.seed > 0))
     return args
 
 
@@ -633,8 +625,7 @@ def finish(args, rows, wrote, following=""):
     """Print a table, where it stands, and the next command."""
     if rows:
         for line in [rows[0], *(row.values() for row in rows)]:
-            cells = (format(cell, ".4g") if isinstance(cell, float) else cell for cell in line)
-            print(*(f"{cell:>17}" for cell in cells))
+            print(*(format(cell, ">17.4g" if isinstance(cell, float) else ">17") for cell in line))
     print("wrote", *wrote)
     if following:
         print("next: python", following, shlex.join(args.given))

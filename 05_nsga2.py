@@ -77,7 +77,7 @@ def main():
     if args.restart or not done.exists():
         done.unlink(missing_ok=True)  # first: search() overwrites the tables of it
         students = search(args, net, predictor, budgets, end)
-        save(done, settings, [predictor], students=students, searched=weights)
+        save(done, settings, predictor, students=students, searched=weights)
     found = load(done, settings)
     made_from = f"{found['made_from'][weights]} {found['mark']}"
     judged = read_csv(args, "table1", made_from=made_from)  # with these weights and this search
@@ -114,10 +114,10 @@ def search(args, net, predictor, budgets, end):
         pick = front[objectives[front].sum(1).argmax()]
         name = f"best{end}" + (f"_{budget:.12g}M" if len(budgets) > 1 else "")
         chosen[name] = students[pick]
-        tables["population"] += described(net, budget, "first", first[0], first[1]) + rows
+        tables["population"] += described(net, budget, "first", *first[:2]) + rows
         tables["front"] += [rows[i] for i in front]
-        more = {"eps": predictor["settings"]["eps"], "seconds": time.monotonic() - begun}
-        tables["best"].append({"student": name, **rows[pick], **more})
+        best = {"student": name, **rows[pick], "eps": predictor["settings"]["eps"]}
+        tables["best"].append({**best, "seconds": time.monotonic() - begun})
     # What an earlier search chose is not chosen any more.
     for row in read_csv(args, f"05_best{end}"):
         exported(args, row["student"]).unlink(missing_ok=True)
@@ -189,12 +189,10 @@ def dominance(objectives, violation):
 
 def non_dominated_sort(dominates):
     """Rank (N,) of each: 0 if none dominates it, 1 if only those of rank 0 do, ... (Deb, III A)."""
-    count = dominates.sum(0)  # by how many others is each one dominated
-    rank = np.full(len(count), -1)
-    while (rank < 0).any():
-        front = (count == 0) & (rank < 0)
+    rank = np.full(len(dominates), -1)
+    while (left := rank < 0).any():
+        front = left & ~dominates[left].any(0)  # whom none of those left dominates
         rank[front] = rank.max() + 1
-        count = count - dominates[front].sum(0)
     return rank
 
 
@@ -205,9 +203,8 @@ def crowding_distance(objectives):
     for values in objectives.T:
         order = values.argsort(kind="stable")
         distance[order[[0, -1]]] = np.inf
-        spread = values.max() - values.min()
-        if spread > 0:
-            distance[order[1:-1]] += (values[order[2:]] - values[order[:-2]]) / spread
+        spread = np.ptp(values) or 1  # 1 where all are equal, and all gaps 0
+        distance[order[1:-1]] += (values[order[2:]] - values[order[:-2]]) / spread
     return distance
 
 
@@ -215,7 +212,7 @@ def breed(net, mother, father, mutation, rng):
     """A child: each gene from either parent (uniform crossover), drawn anew with probability
     `mutation`, and where it was off in that parent but is on in the child."""
     child = []
-    for genes, choices in zip(zip(mother, father), net["genes"].values()):
+    for *genes, choices in zip(mother, father, net["genes"].values()):
         gene = rng.choice(genes)
         anew = rng.random() < mutation or gene not in choices  # 0, where it was off
         child.append(rng.choice(choices) if anew else gene)
@@ -333,13 +330,9 @@ def student_at(net, place):
     return canonical(net, [choices[place] for choices in net["genes"].values()])
 
 
-def sample(net, rng, varies=None, base=()):
-    """A student: genes of the kinds in `varies` (None: all) at random, the others of `base`."""
-    student = []
-    for (gene, choices), kept in zip(net["genes"].items(), base or student_at(net, -1)):
-        at_random = varies is None or gene.split("_")[0] in varies
-        student.append(rng.choice(choices) if at_random else kept)
-    return canonical(net, student)
+def sample(net, rng):
+    """A student, each gene at random."""
+    return canonical(net, [rng.choice(choices) for choices in net["genes"].values()])
 
 
 # ---- Other chapters and their files, word for word as in chapter 2 -------------------------------
@@ -381,7 +374,7 @@ def write(path, content):
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, path)  # a full disk's has no name
     finally:
@@ -396,49 +389,49 @@ def write_csv(path, rows):
     write(path, text.getvalue().encode(errors="replace"))
 
 
-def save(path, settings, sources, **content):
-    """Write what load() reads, with the checksums of its sources, which load() has returned. A file
-    that another run has written, with other settings, is not overwritten."""
-    settings, made_from = {**settings, "file": path.name}, {}
+def save(path, settings, source, **content):
+    """Write what load() reads, with the checksums of its source, which load() has returned, and of
+    what that was made from. A file that another run has written, with other settings, is not
+    overwritten."""
     if path.exists():
         there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if there["settings"] != settings:
             fail(f"{path} is another run's by now, of other settings: give each one its own --out")
-    for source in sources:
-        made_from |= source["made_from"] | {source["settings"]["file"]: source["mark"]}
+    made_from = source["made_from"] | {source["file"]: source["mark"]} if source else {}
+    about = {"file": path.name, "settings": settings, "made_from": made_from}
     buffer = io.BytesIO()
-    torch.save({"settings": settings, "made_from": made_from, **content}, buffer)
+    torch.save(about | content, buffer)
     write(path, buffer.getvalue())
 
 
 def load(path, settings):
     """What save() wrote, and `mark`, its checksum; exits if it is damaged, of other settings, or
     stale: if a file from which it was made, directly or by way of others, has changed."""
-    content = path.read_bytes()
+    own_mark = checksum(path)
     try:
-        if zipfile.ZipFile(io.BytesIO(content)).testzip():
+        if zipfile.ZipFile(path).testzip():
             raise zipfile.BadZipFile
-        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        made_with, made_from = dict(loaded["settings"]), dict(loaded["made_from"])
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        file, made_with, made_from = loaded["file"], loaded["settings"], loaded["made_from"]
     except Exception as error:  # of many kinds
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
-    if made_with["file"] != path.name:
-        fail(f"{path} is a copy of a {made_with['file']}, which is not read by this name")
+    if file != path.name:
+        fail(f"{path} is a copy of a {file}, which is not read by this name")
     again = f"run {CHAPTERS[int(path.name[:2]) - 1]} with its flags and --restart"
-    for name, value in {**settings, "file": path.name}.items():
+    for name, value in settings.items():
         old = made_with.get(name)
         if old != value:  # a common flag: its old value goes on, even if the images have moved
             way = shlex.join([f"--{name}={old}"]) if name in COMMON else again
             fail(f"{path}: {name} was {old}, not {value}: {way} or take another --out")
     for name, mark in made_from.items():
         source = path.with_name(name)
-        if source.exists() and checksum(source.read_bytes()) != mark:
+        if source.exists() and checksum(source) != mark:
             fail(f"{path} is stale: {name} is another one by now: {again}")
-    return {**loaded, "mark": checksum(content)}
+    return {**loaded, "mark": own_mark}
 
 
-def checksum(content):
-    return hashlib.sha256(content).hexdigest()[:12]
+def checksum(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 CHAPTERS = """01_dynamic_net.py 02_teacher_trades.py 03_progressive_rslad.py 04_predictor.py
@@ -462,7 +455,7 @@ def read_flags(**others):
     others["restart"] = {"action": "store_true", "help": "start this chapter over"}
     for flag, (*values, least, most, text) in FLAGS.items():
         text += f"; {least} to {most}; presets {values}"
-        others[flag] = {"type": type(values[0]), "help": text}
+        others[flag] = {"type": type(values[0]), "help": text, "default": argparse.SUPPRESS}
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = fail
@@ -470,20 +463,17 @@ def read_flags(**others):
         parser.add_argument(f"--{flag.replace('_', '-')}", **options)
     args = parser.parse_args()
     args.given = [
-        f"--{flag}={value}"
-        for flag, value in vars(args).items()
-        if flag in COMMON and value != parser.get_default(flag)
+        f"--{flag}={getattr(args, flag)}"
+        for flag in COMMON
+        if getattr(args, flag) != parser.get_default(flag)
     ]
     usual = "tiny" if args.dataset == "toy" else "paper"
     preset, args.settings = args.preset or usual, {}
     for flag, (*values, least, most, text) in FLAGS.items():
-        value = getattr(args, flag)
-        if value is None:
-            value = values[PRESETS.index(preset)]
+        value = vars(args).setdefault(flag, values[PRESETS.index(preset)])
         if not least <= value <= most:
             fail(f"{flag} is {value}, not {least} to {most}: {text}")
         args.settings[flag] = value
-    vars(args).update(args.settings)
     if not 0 <= args.seed < 2**31:
         fail(f"--seed is {args.seed}, not 0 to {2**31 - 1}")
     folder, built_in = Path(args.dataset).resolve(), args.dataset in ("cifar10", "cifar100", "toy")
@@ -491,9 +481,8 @@ def read_flags(**others):
         fail(f"--dataset {args.dataset}: write ./{args.dataset}, or rename the folder of this name")
     dataset = args.dataset if built_in else str(folder)  # two folders may have one last name
     args.common = {"dataset": dataset, "net": args.net, "preset": preset, "seed": args.seed}
-    words = [folder.name, args.net] + [preset] * (preset != usual)
-    words += [f"seed{args.seed}"] * (args.seed > 0)
-    args.out = args.out or Path("runs", "-".join(words))
+    name = f"{folder.name}-{args.net}" + f"-{preset}" * (preset != usual)
+    args.out = args.out or Path("runs", name + f"-seed{args.seed}" * (args.seed > 0))
     return args
 
 
@@ -501,8 +490,7 @@ def finish(args, rows, wrote, following=""):
     """Print a table, where it stands, and the next command."""
     if rows:
         for line in [rows[0], *(row.values() for row in rows)]:
-            cells = (format(cell, ".4g") if isinstance(cell, float) else cell for cell in line)
-            print(*(f"{cell:>17}" for cell in cells))
+            print(*(format(cell, ">17.4g" if isinstance(cell, float) else ">17") for cell in line))
     print("wrote", *wrote)
     if following:
         print("next: python", following, shlex.join(args.given))
@@ -564,7 +552,7 @@ def figures(args):
         draw(path.stem, (path.stem, *left), (path.stem, *right))
     clouds, lines = {}, {}  # figures 2 and 7, many students; figure 6, three that differ in width
     for sampling, end in {"progressive": "", "random": "_random"}.items():
-        if not usable(args.out / f"04_students{end}.pt", args.common):
+        if not is_ours(f"04_students{end}"):
             continue
         rows = read_csv(args, f"04_students{end}")
         clouds[sampling] = points(rows, "natural", "robust", "dots")
@@ -629,7 +617,7 @@ def costs(args):
 
 
 def plot(path, *panels):
-    """Write panels, (title, x label, y label, {name: (style, xs, ys)}), side by side as an SVG, for
+    """Write panels, (title, x label, y label, {name: (style, pairs)}), side by side as an SVG, for
     light and dark pages. Styles are line, dots and rings. Nothing is drawn without values."""
     panels = [
         (*labels, {name: drawn for name, drawn in series.items() if drawn[1]})
@@ -644,34 +632,34 @@ def plot(path, *panels):
         parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{words}</text>')
 
     for number, (title, x_label, y_label, series) in enumerate(panels):
-        left, ends = 70 + 420 * number, []  # a panel is 320 x 280 pixels
-        for axis in (1, 2):
-            values = [value for drawn in series.values() for value in drawn[axis]]
-            span = max(values) - min(values) or abs(values[0]) or 1
+        ends = []  # a panel is 320 x 280 pixels
+        parts.append(f'<g transform="translate({70 + 420 * number})">')
+        for axis in (0, 1):
+            values = [pair[axis] for _, pairs in series.values() for pair in pairs]
+            span = max(values) - min(values) or 1
             steps = (m * 10.0**e for e in range(-9, 12) for m in (1, 2, 5))
             step = next(step for step in steps if span <= 6 * step)
             first, last = math.floor(min(values) / step), math.floor(max(values) / step) + 1
             ends.append((first * step, last * step))
             for tick in range(first, last + 1):
                 share, label = (tick - first) / (last - first), f"{tick * step:.6g}"
-                if axis == 1:
-                    parts.append(f'<path d="M{left + 320 * share:.1f} 50v280"/>')
-                    text(left + 320 * share, 348, label)
+                if axis == 0:
+                    parts.append(f'<path d="M{320 * share:.1f} 50v280"/>')
+                    text(320 * share, 348, label)
                 else:
-                    parts.append(f'<path d="M{left} {330 - 280 * share:.1f}h320"/>')
-                    text(left - 6, 334 - 280 * share, label, "end")
-        text(left + 160, 36, title, more='font-weight="bold"')
-        text(left + 160, 370, x_label)
-        text(0, 0, y_label, more=f'transform="translate({left - 48} 190) rotate(-90)"')
+                    parts.append(f'<path d="M0 {330 - 280 * share:.1f}h320"/>')
+                    text(-6, 334 - 280 * share, label, "end")
+        text(160, 36, title, more='font-weight="bold"')
+        text(160, 370, x_label)
+        text(0, 0, y_label, more='transform="translate(-48 190) rotate(-90)"')
         (x0, x1), (y0, y1) = ends
-        for i, (name, (style, xs, ys)) in enumerate(series.items()):
+        for i, (name, (style, pairs)) in enumerate(series.items()):
             colour, legend = COLOURS[i], 392 + 18 * i
             points = [
-                (left + 320 * (x - x0) / (x1 - x0), 330 - 280 * (y - y0) / (y1 - y0))
-                for x, y in zip(xs, ys)
+                (320 * (x - x0) / (x1 - x0), 330 - 280 * (y - y0) / (y1 - y0)) for x, y in pairs
             ]
             if style == "line":
-                for line in (points, [(left - 4, legend), (left + 12, legend)]):
+                for line in (points, [(-4, legend), (12, legend)]):
                     places = " ".join(f"{x:.1f},{y:.1f}" for x, y in line)
                     parts.append(f'<polyline points="{places}" stroke="{colour}"/>')
             else:
@@ -679,10 +667,10 @@ def plot(path, *panels):
                 if style == "rings":
                     look = f'r="6" fill="none" stroke-width="2" stroke="{colour}"'
                 parts += [
-                    f'<circle cx="{x:.1f}" cy="{y:.1f}" {look}/>'
-                    for x, y in [*points, (left + 4, legend)]
+                    f'<circle cx="{x:.1f}" cy="{y:.1f}" {look}/>' for x, y in [*points, (4, legend)]
                 ]
-            text(left + 20, legend + 4, name, "start")
+            text(20, legend + 4, name, "start")
+        parts.append("</g>")
     size = f"0 0 {420 * len(panels) + 20} {400 + 18 * max(len(s) for *_, s in panels)}"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}"><style>{STYLE}</style>'
     write(path, "\n".join([head, *parts, "</svg>\n"]).encode(errors="replace"))
@@ -690,7 +678,7 @@ def plot(path, *panels):
 
 
 def points(rows, x, y, style="line"):
-    """(style, xs, ys) for plot(), accuracies in %, of the rows that hold two numbers below 1e9."""
+    """(style, pairs) for plot(), accuracies in %, of the rows that hold two numbers below 1e9."""
 
     def value(row, name):
         share = name.startswith(("natural", "robust", "predicted", "pgd")) and "kl" not in name
@@ -700,8 +688,7 @@ def points(rows, x, y, style="line"):
             return math.nan
 
     pairs = [(value(row, x), value(row, y)) for row in rows]
-    pairs = [pair for pair in pairs if abs(pair[0]) < 1e9 and abs(pair[1]) < 1e9]
-    return style, [x for x, _ in pairs], [y for _, y in pairs]
+    return style, [pair for pair in pairs if all(abs(number) < 1e9 for number in pair)]
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ def test_counts_of_the_released_networks(line):
     student = c1.canonical(net, [gene if gene % 1 else int(gene) for gene in genes])
     network, x = c1.Network(net, c1.random_weights(net), student), torch.zeros(1, 3, 32, 32)
     network(x)  # takes the slices; transforming kernels is no cost of the student's
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter:
         network(x)
     counts = sum(part.numel() for part in network.slices.values()), counter.get_total_flops() // 2
     assert tuple(map(int, expected)) == c5.cost(net, student) == counts
@@ -394,7 +394,7 @@ def test_robust_accuracy_counts_images_right_before_and_after_the_attack():
 def test_judging_when_no_image_is_right_and_where_there_are_no_doubles(finished, monkeypatch):
     net, data = read(finished / "run", "01_dynamic_net", "01_images")
     data["held_out_labels"] += 3
-    args = SimpleNamespace(images=18, val_images=9, eps=8, step_size=2, steps=2)
+    args = SimpleNamespace(images=18, val_images=9, attack=(8 / 255, 2 / 255, 2))
     monkeypatch.setattr(torch.Tensor, "double", None)  # as on "mps"
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     c2.pick_device(SimpleNamespace(device="cpu"))
@@ -627,7 +627,7 @@ def test_pictures_are_of_images_that_are_right(monkeypatch, right, columns):
     images[[*right]] = 255
     network = lambda x: torch.stack([1 - x.mean((1, 2, 3)), x.mean((1, 2, 3))], 1)
     monkeypatch.setattr(c4, "calibrated", lambda network, images: network)
-    args = SimpleNamespace(images=150, eps=8, step_size=8, steps=1)
+    args = SimpleNamespace(images=150, attack=(8 / 255, 8 / 255, 1))
     data = {"calibration": images, "held_out": images, "held_out_labels": labels}
     grid = np.asarray(Image.open(io.BytesIO(c4.pictures(args, network, data))))
     assert grid.shape == (332, 2 + 110 * columns, 3)

@@ -84,7 +84,8 @@ def main():
         return finish(args, [], [f"{checkpoint} earlier (--restart makes it anew)"], following)
     shared = moved(trained["weights"], device)
     args.attack = args.eps / 255, args.step_size / 255, args.steps
-    data |= {part: data[part][: args.images] for part in ("held_out", "held_out_labels")}
+    for part in ("held_out", "held_out_labels"):
+        data[part] = data[part][: args.images]
 
     fitting = "epochs", "test_students"  # need no new measurements
     measuring = {name: settings[name] for name in settings if name not in fitting}
@@ -207,7 +208,7 @@ def compare(measured, first_half, predicted):
     error = (predicted - test).square().mean(0).sqrt()
     real, guessed = ((part[:, None] - part).sign().flatten(0, 1) for part in (test, predicted))
     tau = F.cosine_similarity(real, guessed, dim=0)  # of (T * T, 2): -1, 0 or 1 for each pair
-    moves = (measured - first_half) * 2**0.5  # the halves differ by twice what stands in ()
+    moves = (measured - first_half) * 2**0.5  # (second half - first half) / sqrt(2)
     columns = {
         "RMSE": error,
         "tau": tau,

@@ -1,8 +1,8 @@
 """Chapter 1: the dynamic network (paper, section 4.3).
 
-One set of weights holds trillions of networks. A student is a genotype, a short tuple of choices:
-how deep each stage is, how wide (or with which kernels), how far each block expands. Its weights
-are the leading slices of the shared ones, so a student costs nothing to make.
+One set of weights holds trillions of networks (tiny: thousands). A student is a genotype, a short
+tuple of choices: how deep each stage is, how wide (or with which kernels), how far each block
+expands. Its weights are the leading slices of the shared ones, so a student costs nothing to make.
 
     images  = decode --dataset once, hold out a tenth of the training images
     genes   = {gene: its choices, smallest first}                 # what may vary
@@ -53,7 +53,7 @@ class Slices:
     def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
         """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
         if name not in self.slices:
-            with torch.enable_grad():  # for later calls; the first one may be under no_grad
+            with torch.enable_grad():  # kept for later calls: with its graph, whoever is first
                 weight = self.shared[name][:out, : x.shape[1]]  # depthwise there is one input alone
                 while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
                     side = weight.shape[-1] - 2
@@ -178,7 +178,7 @@ depth: blocks of a stage (ResNet: beyond the least), or a second layer of the st
 of a stage, the stem, its middle, as a share of the largest's; kernel: side of a depthwise kernel;
 expand: channels inside a block, as a multiple of its output's (MobileNet: of its input's)
 
-"alone it differs": by how much logits change in a network that has this slice alone; to be 0
+"alone it differs": by how much logits change in a network of this slice alone: 0, but for rounding
 """
 
 
@@ -196,6 +196,7 @@ def resnet_genes(net):
     genes = {"depth_stem": (net["depth"][0], net["depth"][-1])}  # without or with one more layer
     numbers = range(1, len(net["stages"]) + 1)
     genes |= {f"depth_{i}": net["depth"] for i in numbers}
+    # "mid" is inside the stem; how wide a block is inside, its expansion says.
     genes |= {f"width_{part}": net["width"] for part in ("mid", "stem", *numbers)}
     switches = {}
     for i, (_, blocks, _) in enumerate(net["stages"], 1):

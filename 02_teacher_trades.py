@@ -9,7 +9,8 @@
 Adversarial training overfits in robustness first, which is why an epoch is chosen. The test images
 are for final numbers alone, and those are all made here: --judge is table 1 (section 5.4).
 
-New here: main, the attack pgd, judging, table 1 and the export; the network is as in chapter 1.
+New here: main, the attack pgd, judging, table 1, the export, and what going on after a stop takes;
+the network is as in chapter 1.
 
     python 02_teacher_trades.py --dataset cifar10    # the paper's schedule, on a GPU
     python 02_teacher_trades.py --student usual      # a row of table 1: TRADES of one student
@@ -139,6 +140,7 @@ def main():
     export(network, exported, data["names"])
     state.unlink()  # last: a checkpoint beside its state is not done yet
     table = {name: best[name] for name in ("epoch", "loss", "natural", "robust")}
+    # What chapter 3's flag may be; printed here alone.
     table["--sharpen"] = sharpening(network, data["held_out"], data["held_out_labels"])
     finish(args, [table], [checkpoint, exported, log], following)
 
@@ -173,8 +175,8 @@ def averages(losses, *names):
 @torch.no_grad()
 def calibrated(network, images, batch=250):
     """The student as it is judged and exported: with batch-norm statistics of its own, from uint8
-    images, augmented as in training. What reaches a layer depends on the student, so none would
-    suit all."""
+    images, augmented as in training. What reaches a layer depends on the student, so no statistics
+    would suit all students."""
     for i, x in enumerate(images.split(batch)):
         network.momentum = len(x) / (i * batch + len(x))  # a plain average
         network(x / 255)
@@ -232,12 +234,12 @@ def table1(args, net, data, device):
         if not trained:
             continue
         own_name, own = trained["settings"]["student"], trained["settings"]["genotype"]
-        if own != names.get(own_name, own):  # "best" means another one since a newer search
+        if own != names.get(own_name, own):  # a newer search has reused the name
             print(f"passed over: {path} is of another {own_name}: train it with --restart")
             continue
         students = [(own_name, own, trained["mark"])]
         for search in searches:
-            if search["searched"] == path.name:
+            if search["searched"] == path.name:  # its students are slices of these weights
                 mark = f"{trained['mark']} {search['mark']}"
                 students += [(*item, mark) for item in search["students"].items()]
         for name, student, mark in students:
@@ -349,7 +351,7 @@ def run_other(args, script, *flags):
 
 
 def named_student(args, net):
-    """The student of this name in 01_students.csv or in a search's 05_best.csv."""
+    """The student of this name, one of chapter 1's or of a search's."""
     students = {**net["students"]}
     if args.student not in students:
         for path in args.out.glob("05_search*.pt"):
@@ -394,7 +396,7 @@ class Slices:
     def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
         """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
         if name not in self.slices:
-            with torch.enable_grad():  # for later calls; the first one may be under no_grad
+            with torch.enable_grad():  # kept for later calls: with its graph, whoever is first
                 weight = self.shared[name][:out, : x.shape[1]]  # depthwise there is one input alone
                 while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
                     side = weight.shape[-1] - 2

@@ -11,7 +11,7 @@
 Students shrink in three phases; Dyn-MobileNetV3 has kernels in place of widths. RSLAD (Zi et al.,
 2021): the teacher's answer to the natural image is the target, with and without the attack.
 
-New here: main, draw, sort_channels, exported_network; the rest is as in chapters 1 and 2.
+New here: main, draw, sort_channels, reorder, exported_network; the rest is as in chapters 1 and 2.
 
     python 03_progressive_rslad.py --dataset cifar10     # the paper's schedule, on a GPU
     python 03_progressive_rslad.py --sampling random     # the paper's baseline: all genes vary
@@ -82,7 +82,8 @@ def main():
         fail(f"--teacher {args.teacher}: give it another name, as wrn.pt2")
     start = args.start or ("random" if args.student else "teacher")
     device, precision, where = pick_device(args)
-    ours = [] if args.teacher and start == "random" else ["02_teacher.pt"]  # if it is needed
+    # Chapter 2's teacher is needed to teach, or for the first weights, or for both.
+    ours = [] if args.teacher and start == "random" else ["02_teacher.pt"]
     run_missing(args, "01_images.pt", "01_dynamic_net.pt", *ours)
     data = moved(load(args.out / "01_images.pt", args.common), device)
     net = load(args.out / "01_dynamic_net.pt", args.common)
@@ -92,7 +93,7 @@ def main():
     if batches * args.epochs == 1:  # the last iteration's learning rate is 0
         fail("with one iteration nothing is learned: take more --epochs")
     base = named_student(args, net) if args.student else student_at(net, -1)  # what does not vary
-    begin_with = source if start == "teacher" else net  # which has chapter 1's random weights
+    begin_with = source if start == "teacher" else net  # net has chapter 1's random weights
     if args.teacher:
         taught_by, mark = args.teacher.stem, checksum(args.teacher)
         teacher = exported_network(args.teacher, data["train"][:batch] / 255, net["classes"])
@@ -132,7 +133,7 @@ def main():
         varies = phases[phase]  # figure 4
         if epoch_of_phase == 0:
             optimizer.state.clear()  # each phase has its own momentum, warm-up and cosine
-            first = phases.index(varies)  # random sampling has three equal phases
+            first = phases.index(varies)  # random: the first of its three equal phases
             if "expand" in varies and phase == first:
                 sort_channels(net, shared)  # once, before expansions vary
         order = torch.randperm(len(data["train"])).to(device)
@@ -147,7 +148,8 @@ def main():
                 natural_kl = kl(target, network(x))  # network(x) leaves batch-norm statistics of x
 
                 # L_max of equation 2: the attack, on the student with the statistics of x, as left
-                # above. At a KL of 0 its gradient is 0: start near x.
+                # above, in all steps: unlike in chapter 2, where networks begin at random, that
+                # costs no accuracy, and is faster. At a KL of 0 its gradient is 0: start near x.
                 noise = 0.001 * torch.randn_like(x)
                 x_adv = pgd(network.fold_norms(), x, lambda z: kl(target, z), noise, *args.attack)
 
@@ -272,8 +274,8 @@ def averages(losses, *names):
 @torch.no_grad()
 def calibrated(network, images, batch=250):
     """The student as it is judged and exported: with batch-norm statistics of its own, from uint8
-    images, augmented as in training. What reaches a layer depends on the student, so none would
-    suit all."""
+    images, augmented as in training. What reaches a layer depends on the student, so no statistics
+    would suit all students."""
     for i, x in enumerate(images.split(batch)):
         network.momentum = len(x) / (i * batch + len(x))  # a plain average
         network(x / 255)
@@ -362,7 +364,7 @@ def run_other(args, script, *flags):
 
 
 def named_student(args, net):
-    """The student of this name in 01_students.csv or in a search's 05_best.csv."""
+    """The student of this name, one of chapter 1's or of a search's."""
     students = {**net["students"]}
     if args.student not in students:
         for path in args.out.glob("05_search*.pt"):
@@ -407,7 +409,7 @@ class Slices:
     def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
         """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
         if name not in self.slices:
-            with torch.enable_grad():  # for later calls; the first one may be under no_grad
+            with torch.enable_grad():  # kept for later calls: with its graph, whoever is first
                 weight = self.shared[name][:out, : x.shape[1]]  # depthwise there is one input alone
                 while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
                     side = weight.shape[-1] - 2

@@ -199,10 +199,11 @@ def compare(measured, first_half, predicted):
 
     tau: a search needs the order alone; Kendall's tau-b is the share of pairs in the right order
     less that of pairs in the wrong one, corrected for ties.
-    moves by: how far two labels of a student would be apart, on two sets of n images, but for what
-    moves all students alike. Let v be the variance of a label; two labels differ by 2 v. A label on
-    half of the images has 2 v, so both halves differ by 4 v: twice too much. Were the noise of each
-    student its own, no predictor's RMSE could be below sqrt(v), which is moves by / sqrt(2).
+    moves by: how far two labels of a student would be apart, on two sets of n images. If a label
+    has the variance v, Var(label 1 - label 2) = 2 v, and Var(half 2 - half 1) = 4 v, since halves
+    have 2 v each: hence the / sqrt(2). Its standard deviation over students leaves out what moves
+    all alike. Were the noise of each student its own, no predictor's RMSE could be below sqrt(v),
+    which is moves by / sqrt(2).
     """
     test = measured[-len(predicted) :]
     error = (predicted - test).square().mean(0).sqrt()
@@ -277,8 +278,8 @@ def pgd(network, x, loss, noise, eps, step_size, steps):
 @torch.no_grad()
 def calibrated(network, images, batch=250):
     """The student as it is judged and exported: with batch-norm statistics of its own, from uint8
-    images, augmented as in training. What reaches a layer depends on the student, so none would
-    suit all."""
+    images, augmented as in training. What reaches a layer depends on the student, so no statistics
+    would suit all students."""
     for i, x in enumerate(images.split(batch)):
         network.momentum = len(x) / (i * batch + len(x))  # a plain average
         network(x / 255)
@@ -372,7 +373,7 @@ class Slices:
     def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
         """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
         if name not in self.slices:
-            with torch.enable_grad():  # for later calls; the first one may be under no_grad
+            with torch.enable_grad():  # kept for later calls: with its graph, whoever is first
                 weight = self.shared[name][:out, : x.shape[1]]  # depthwise there is one input alone
                 while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
                     side = weight.shape[-1] - 2

@@ -15,7 +15,8 @@ New here: the search, what a student costs, and, last, the figures, which may be
     python 05_nsga2.py --dataset toy                                  # alone, the whole chain
     python 05_nsga2.py --dataset cifar10 --max-macs 500 1000 2000     # for three devices
 
-reads   01_dynamic_net.pt, 04_predictor.pt (made first if missing); for figures, all tables
+reads   01_dynamic_net.pt, 04_predictor.pt (made first if missing, as what they need); for figures,
+        all tables
 writes  05_population.csv, 05_front.csv     first and last generation, and its front, as predicted
         05_best.csv, 05_search.pt   what was chosen, for --student and --judge (also ..._random)
         table1.csv, student.pt2     what was chosen, on the test images, and exported, by chapter 2
@@ -79,7 +80,7 @@ def main():
         students = search(args, net, predictor, budgets, end)
         save(done, settings, predictor, students=students, searched=weights)
     found = load(done, settings)
-    made_from = f"{found['made_from'][weights]} {found['mark']}"
+    made_from = f"{found['made_from'][weights]} {found['mark']}"  # as in table 1's rows
     judged = read_csv(args, "table1", made_from=made_from)  # with these weights and this search
     if judged and all(exported(args, name).exists() for name in found["students"]):
         return finish(args, [], [f"{done} earlier (--restart makes it anew)"])
@@ -141,7 +142,7 @@ def described(net, budget, name, students, objectives):
 def nsga2(net, evaluate, population, generations, mutation, seed):
     """Evolve students towards large objectives; evaluate(students) gives them, (N, M), and by how
     much the budget is violated, (N,). Returns the first and the last generation, best first."""
-    rng = random.Random(f"{seed} search")  # not the students that the predictor has learned from
+    rng = random.Random(f"{seed} search")  # not chapter 4's: else these are its students
 
     def fill(students, draw):  # `population` more, all different; fewer, if draw() finds none
         together = dict.fromkeys(students)  # as a set, but in order

@@ -190,10 +190,12 @@ def dominance(objectives, violation):
 
 def non_dominated_sort(dominates):
     """Rank (N,) of each: 0 if none dominates it, 1 if only those of rank 0 do, ... (Deb, III A)."""
-    rank = np.full(len(dominates), -1)
-    while (left := rank < 0).any():
-        front = left & ~dominates[left].any(0)  # whom none of those left dominates
+    count = dominates.sum(0)  # by how many others is each one dominated
+    rank = np.full(len(count), -1)
+    while (rank < 0).any():
+        front = (count == 0) & (rank < 0)
         rank[front] = rank.max() + 1
+        count = count - dominates[front].sum(0)
     return rank
 
 

@@ -394,7 +394,7 @@ def test_robust_accuracy_counts_images_right_before_and_after_the_attack():
 def test_judging_when_no_image_is_right_and_where_there_are_no_doubles(finished, monkeypatch):
     net, data = read(finished / "run", "01_dynamic_net", "01_images")
     data["held_out_labels"] += 3
-    args = SimpleNamespace(images=18, val_images=9, attack=(8 / 255, 2 / 255, 2))
+    args = SimpleNamespace(val_images=9, attack=(8 / 255, 2 / 255, 2))
     monkeypatch.setattr(torch.Tensor, "double", None)  # as on "mps"
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     c2.pick_device(SimpleNamespace(device="cpu"))
@@ -626,7 +626,7 @@ def test_pictures_are_of_images_that_are_right(monkeypatch, right, columns):
     images[[*right]] = 255
     network = lambda x: torch.stack([1 - x.mean((1, 2, 3)), x.mean((1, 2, 3))], 1)
     monkeypatch.setattr(c4, "calibrated", lambda network, images: network)
-    args = SimpleNamespace(images=150, attack=(8 / 255, 8 / 255, 1))
+    args = SimpleNamespace(attack=(8 / 255, 8 / 255, 1))
     data = {"calibration": images, "held_out": images, "held_out_labels": labels}
     grid = np.asarray(Image.open(io.BytesIO(c4.pictures(args, network, data))))
     assert grid.shape == (332, 2 + 110 * columns, 3)

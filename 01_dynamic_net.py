@@ -53,7 +53,7 @@ class Slices:
     def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
         """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
         if name not in self.slices:
-            with torch.enable_grad():  # kept for later calls: with its graph, whoever is first
+            with torch.enable_grad():  # later calls may learn, even if this one does not
                 weight = self.shared[name][:out, : x.shape[1]]  # depthwise there is one input alone
                 while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
                     side = weight.shape[-1] - 2
@@ -193,7 +193,7 @@ def make_net(name, preset, classes):
 
 def resnet_genes(net):
     """Dyn-ResNet50's: a width is a whole stage's, because identity shortcuts join its blocks."""
-    genes = {"depth_stem": (net["depth"][0], net["depth"][-1])}  # without or with one more layer
+    genes = {"depth_stem": (net["depth"][0], net["depth"][-1])}  # more than 0: with one more layer
     numbers = range(1, len(net["stages"]) + 1)
     genes |= {f"depth_{i}": net["depth"] for i in numbers}
     # "mid" is inside the stem; how wide a block is inside, its expansion says.
@@ -249,12 +249,12 @@ def usual(net):
 def count_students(net):
     """How many genotypes the network holds, exactly (section 4.3; paper: 2e19, MobileNet). Genes
     of a block that is off do not count, so the forms of a stage add up over its depths."""
-    total = 1
+    total, switches = 1, net["switches"].items()
     for gene in net["genes"].keys() - net["switches"].keys():
         forms = 0
         for choice in net["genes"][gene]:
-            on = [g for g, at in net["switches"].items() if at[0] == gene and at[1] <= choice]
-            forms += math.prod(len(net["genes"][g]) for g in on)
+            on = [g for g, (depth, least) in switches if depth == gene and least <= choice]
+            forms += math.prod(len(net["genes"][g]) for g in on)  # none for a width: product 1
         total *= forms
     return total
 
@@ -267,9 +267,9 @@ def divisible(channels):
 
 
 class Network(Slices):
-    """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its weights are
-    slices as they were in the first call: after an SGD step, make a new one. Batch norm has the
-    batch's statistics, as in training, and keeps them in `stats`."""
+    """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its slices
+    are those of the first call, in part copies: after an SGD step, make a new one. Batch norm has
+    the batch's statistics, as in training, and keeps them in `stats`."""
 
     def __init__(self, net, shared, student):
         super().__init__(shared)

@@ -107,8 +107,8 @@ def main():
                 log_f = logits.log_softmax(1)  # log f(x), (B, classes)
 
                 # The inner problem of equation 1. At x the KL's gradient is zero: start beside it.
-                # Batch norm has the statistics of each step's x', as in the loss below: with those
-                # of x in all steps, a network that starts at random learns worse.
+                # Batch norm has the statistics of each step's own x', as in the loss below. With
+                # those of x throughout, as in chapter 3, a network from random weights is worse.
                 target, noise = log_f.detach(), 0.001 * torch.randn_like(x)
                 x_adv = pgd(network, x, lambda z: kl(target, z), noise, *args.attack)
 
@@ -149,13 +149,38 @@ def pgd(network, x, loss, noise, eps, step_size, steps):
     """Projected gradient ascent (Madry et al., 2018), the inner maximisation of equation 1: signed
     steps up loss(network(x')) from x + noise, within |x' - x| <= eps and 0 <= x' <= 1."""
     x_adv = (x + noise).clamp(0, 1)
-    for _ in range(steps):
-        x_adv.requires_grad_()
+
+    def step():
+        start = x_adv.detach().requires_grad_()
         with torch.enable_grad():  # which judge() switches off
-            (gradient,) = torch.autograd.grad(loss(network(x_adv)), x_adv)  # none of the weights'
-        x_adv = x_adv.detach() + step_size * gradient.sign()
-        x_adv = (x + (x_adv - x).clamp(-eps, eps)).clamp(0, 1)
+            (gradient,) = torch.autograd.grad(loss(network(start)), start)  # none of the weights'
+        moved = x_adv + step_size * gradient.sign()
+        x_adv.copy_((x + (moved - x).clamp(-eps, eps)).clamp(0, 1))
+
+    for i in range(steps):
+        step()
+        if i == 0 and x.is_cuda:  # by now slices are taken and kernels chosen, as they must be
+            step = as_graph(step, x.device)
     return x_adv
+
+
+LAST = {}  # the last CUDA graph, and the stream on which all are recorded
+
+
+def as_graph(step, device):
+    """step() as a CUDA graph: its thousand kernels are recorded, without running, and launched as a
+    whole from then on. One by one, Python launches them more slowly than a GPU runs them. Each
+    attack is recorded anew, for its student and its tensors, into the memory of the last one."""
+    stream = LAST.setdefault("stream", torch.cuda.Stream(device))  # the usual one records nothing
+    graph, usual = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+    stream.wait_stream(usual)
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=LAST["graph"].pool() if "graph" in LAST else None)
+        step()
+        graph.capture_end()
+    usual.wait_stream(stream)
+    LAST["graph"] = graph
+    return graph.replay
 
 
 def kl(target, logits):
@@ -234,7 +259,7 @@ def table1(args, net, data, device):
         if not trained:
             continue
         own_name, own = trained["settings"]["student"], trained["settings"]["genotype"]
-        if own != names.get(own_name, own):  # a newer search has reused the name
+        if own != names.get(own_name, own):  # as 02_best.pt, of an older search's `best`
             print(f"passed over: {path} is of another {own_name}: train it with --restart")
             continue
         students = [(own_name, own, trained["mark"])]
@@ -396,7 +421,7 @@ class Slices:
     def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
         """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
         if name not in self.slices:
-            with torch.enable_grad():  # kept for later calls: with its graph, whoever is first
+            with torch.enable_grad():  # later calls may learn, even if this one does not
                 weight = self.shared[name][:out, : x.shape[1]]  # depthwise there is one input alone
                 while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
                     side = weight.shape[-1] - 2
@@ -436,9 +461,9 @@ def student_at(net, place):
 
 
 class Network(Slices):
-    """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its weights are
-    slices as they were in the first call: after an SGD step, make a new one. Batch norm has the
-    batch's statistics, as in training, and keeps them in `stats`."""
+    """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its slices
+    are those of the first call, in part copies: after an SGD step, make a new one. Batch norm has
+    the batch's statistics, as in training, and keeps them in `stats`."""
 
     def __init__(self, net, shared, student):
         super().__init__(shared)

@@ -133,8 +133,7 @@ def main():
         varies = phases[phase]  # figure 4
         if epoch_of_phase == 0:
             optimizer.state.clear()  # each phase has its own momentum, warm-up and cosine
-            first = phases.index(varies)  # random: the first of its three equal phases
-            if "expand" in varies and phase == first:
+            if "expand" in varies and phases.index(varies) == phase:  # random: not 3 times
                 sort_channels(net, shared)  # once, before expansions vary
         order = torch.randperm(len(data["train"])).to(device)
         picks, losses = order.split(batch)[:batches], []
@@ -249,13 +248,38 @@ def pgd(network, x, loss, noise, eps, step_size, steps):
     """Projected gradient ascent (Madry et al., 2018), the inner maximisation of equation 1: signed
     steps up loss(network(x')) from x + noise, within |x' - x| <= eps and 0 <= x' <= 1."""
     x_adv = (x + noise).clamp(0, 1)
-    for _ in range(steps):
-        x_adv.requires_grad_()
+
+    def step():
+        start = x_adv.detach().requires_grad_()
         with torch.enable_grad():  # which judge() switches off
-            (gradient,) = torch.autograd.grad(loss(network(x_adv)), x_adv)  # none of the weights'
-        x_adv = x_adv.detach() + step_size * gradient.sign()
-        x_adv = (x + (x_adv - x).clamp(-eps, eps)).clamp(0, 1)
+            (gradient,) = torch.autograd.grad(loss(network(start)), start)  # none of the weights'
+        moved = x_adv + step_size * gradient.sign()
+        x_adv.copy_((x + (moved - x).clamp(-eps, eps)).clamp(0, 1))
+
+    for i in range(steps):
+        step()
+        if i == 0 and x.is_cuda:  # by now slices are taken and kernels chosen, as they must be
+            step = as_graph(step, x.device)
     return x_adv
+
+
+LAST = {}  # the last CUDA graph, and the stream on which all are recorded
+
+
+def as_graph(step, device):
+    """step() as a CUDA graph: its thousand kernels are recorded, without running, and launched as a
+    whole from then on. One by one, Python launches them more slowly than a GPU runs them. Each
+    attack is recorded anew, for its student and its tensors, into the memory of the last one."""
+    stream = LAST.setdefault("stream", torch.cuda.Stream(device))  # the usual one records nothing
+    graph, usual = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+    stream.wait_stream(usual)
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=LAST["graph"].pool() if "graph" in LAST else None)
+        step()
+        graph.capture_end()
+    usual.wait_stream(stream)
+    LAST["graph"] = graph
+    return graph.replay
 
 
 def kl(target, logits):
@@ -409,7 +433,7 @@ class Slices:
     def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
         """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
         if name not in self.slices:
-            with torch.enable_grad():  # kept for later calls: with its graph, whoever is first
+            with torch.enable_grad():  # later calls may learn, even if this one does not
                 weight = self.shared[name][:out, : x.shape[1]]  # depthwise there is one input alone
                 while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
                     side = weight.shape[-1] - 2
@@ -449,9 +473,9 @@ def student_at(net, place):
 
 
 class Network(Slices):
-    """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its weights are
-    slices as they were in the first call: after an SGD step, make a new one. Batch norm has the
-    batch's statistics, as in training, and keeps them in `stats`."""
+    """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its slices
+    are those of the first call, in part copies: after an SGD step, make a new one. Batch norm has
+    the batch's statistics, as in training, and keeps them in `stats`."""
 
     def __init__(self, net, shared, student):
         super().__init__(shared)

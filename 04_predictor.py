@@ -199,17 +199,17 @@ def compare(measured, first_half, predicted):
 
     tau: a search needs the order alone; Kendall's tau-b is the share of pairs in the right order
     less that of pairs in the wrong one, corrected for ties.
-    moves by: how far two labels of a student would be apart, on two sets of n images. If a label
-    has the variance v, Var(label 1 - label 2) = 2 v, and Var(half 2 - half 1) = 4 v, since halves
-    have 2 v each: hence the / sqrt(2). Its standard deviation over students leaves out what moves
-    all alike. Were the noise of each student its own, no predictor's RMSE could be below sqrt(v),
-    which is moves by / sqrt(2).
+    moves by: how far two labels of a student would be apart, on two sets of n images: if a label's
+    noise has the variance v, that is sqrt(2 v). A half's has 2 v, and a label is the mean of its
+    two halves, so label - first half = (second half - first half) / 2 has (2 v + 2 v) / 4 = v, and
+    times sqrt(2), 2 v. The standard deviation over students leaves out what moves all alike. Were
+    the noise of each student its own, no predictor's RMSE could be below sqrt(v).
     """
     test = measured[-len(predicted) :]
     error = (predicted - test).square().mean(0).sqrt()
     real, guessed = ((part[:, None] - part).sign().flatten(0, 1) for part in (test, predicted))
     tau = F.cosine_similarity(real, guessed, dim=0)  # of (T * T, 2): -1, 0 or 1 for each pair
-    moves = (measured - first_half) * 2**0.5  # (second half - first half) / sqrt(2)
+    moves = (measured - first_half) * 2**0.5
     columns = {
         "RMSE": error,
         "tau": tau,
@@ -266,13 +266,38 @@ def pgd(network, x, loss, noise, eps, step_size, steps):
     """Projected gradient ascent (Madry et al., 2018), the inner maximisation of equation 1: signed
     steps up loss(network(x')) from x + noise, within |x' - x| <= eps and 0 <= x' <= 1."""
     x_adv = (x + noise).clamp(0, 1)
-    for _ in range(steps):
-        x_adv.requires_grad_()
+
+    def step():
+        start = x_adv.detach().requires_grad_()
         with torch.enable_grad():  # which judge() switches off
-            (gradient,) = torch.autograd.grad(loss(network(x_adv)), x_adv)  # none of the weights'
-        x_adv = x_adv.detach() + step_size * gradient.sign()
-        x_adv = (x + (x_adv - x).clamp(-eps, eps)).clamp(0, 1)
+            (gradient,) = torch.autograd.grad(loss(network(start)), start)  # none of the weights'
+        moved = x_adv + step_size * gradient.sign()
+        x_adv.copy_((x + (moved - x).clamp(-eps, eps)).clamp(0, 1))
+
+    for i in range(steps):
+        step()
+        if i == 0 and x.is_cuda:  # by now slices are taken and kernels chosen, as they must be
+            step = as_graph(step, x.device)
     return x_adv
+
+
+LAST = {}  # the last CUDA graph, and the stream on which all are recorded
+
+
+def as_graph(step, device):
+    """step() as a CUDA graph: its thousand kernels are recorded, without running, and launched as a
+    whole from then on. One by one, Python launches them more slowly than a GPU runs them. Each
+    attack is recorded anew, for its student and its tensors, into the memory of the last one."""
+    stream = LAST.setdefault("stream", torch.cuda.Stream(device))  # the usual one records nothing
+    graph, usual = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+    stream.wait_stream(usual)
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=LAST["graph"].pool() if "graph" in LAST else None)
+        step()
+        graph.capture_end()
+    usual.wait_stream(stream)
+    LAST["graph"] = graph
+    return graph.replay
 
 
 @torch.no_grad()
@@ -373,7 +398,7 @@ class Slices:
     def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
         """A convolution to `out` channels; depthwise, each of them reads one channel alone."""
         if name not in self.slices:
-            with torch.enable_grad():  # kept for later calls: with its graph, whoever is first
+            with torch.enable_grad():  # later calls may learn, even if this one does not
                 weight = self.shared[name][:out, : x.shape[1]]  # depthwise there is one input alone
                 while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a learned matrix
                     side = weight.shape[-1] - 2
@@ -418,9 +443,9 @@ def sample(net, rng):
 
 
 class Network(Slices):
-    """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its weights are
-    slices as they were in the first call: after an SGD step, make a new one. Batch norm has the
-    batch's statistics, as in training, and keeps them in `stats`."""
+    """A student: logits (B, classes) = network(x), x (B, 3, 32, 32) in [0, 1]. Its slices
+    are those of the first call, in part copies: after an SGD step, make a new one. Batch norm has
+    the batch's statistics, as in training, and keeps them in `stats`."""
 
     def __init__(self, net, shared, student):
         super().__init__(shared)

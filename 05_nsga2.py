@@ -71,17 +71,18 @@ def main():
     predictor = load(args.out / fitted, net["settings"])
     least, most = (cost(net, student_at(net, place))[1] / 1e6 for place in (0, -1))
     budgets = args.max_macs or [2000.0 if most > 2000 else round((least + most) / 2, 1)]
-    if not all(least <= budget <= 1000 * most for budget in budgets):  # above: MACs, not millions
+    if not all(least <= budget <= 1000 * most for budget in budgets):  # far above: not in millions
         ends = f"{math.ceil(100 * least) / 100} is the smallest student's, {most:.6g} the largest's"
         fail(f"--max-macs is in millions: {ends}")
     settings = {**net["settings"], **args.settings, "max_macs": budgets}
     if args.restart or not done.exists():
-        done.unlink(missing_ok=True)  # first: search() overwrites the tables of it
+        done.unlink(missing_ok=True)  # before search() overwrites its tables
         students = search(args, net, predictor, budgets, end)
         save(done, settings, predictor, students=students, searched=weights)
     found = load(done, settings)
-    made_from = f"{found['made_from'][weights]} {found['mark']}"  # as in table 1's rows
-    judged = read_csv(args, "table1", made_from=made_from)  # with these weights and this search
+    # As chapter 2 writes it into table 1's rows: the checksums of the weights, and of this search.
+    made_from = f"{found['made_from'][weights]} {found['mark']}"
+    judged = read_csv(args, "table1", made_from=made_from)
     if judged and all(exported(args, name).exists() for name in found["students"]):
         return finish(args, [], [f"{done} earlier (--restart makes it anew)"])
     run_other(args, CHAPTERS[1], "--judge", f"--eps={predictor['settings']['eps']}")
@@ -158,7 +159,7 @@ def nsga2(net, evaluate, population, generations, mutation, seed):
 
     smallest = student_at(net, 0)  # one that always fits
     students = [smallest, *fill([smallest], lambda: sample(net, rng))]
-    first = generation = survivors(students, *evaluate(students), population)
+    first = generation = survivors(students, *evaluate(students), population)  # of one more
     for _ in range(generations):
         parents = generation[0]
         children = fill(parents, lambda: child(parents))

@@ -377,7 +377,7 @@ def test_robust_accuracy_counts_images_right_before_and_after_the_attack():
     matrix, order, asked = torch.randn(3072, 3) / 20, torch.randperm(40), []
 
     def network(x):
-        asked.append(x.detach())
+        asked.append(x.detach().clone())
         return x.flatten(1) @ matrix
 
     natural, robust = c4.judge(network, images, labels, 2 / 255, 0.5 / 255, 20, 7)
@@ -584,11 +584,18 @@ def test_sharpening_is_the_likeliest_factor():
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
-def test_an_iteration_on_a_gpu(folder):
-    words = [sys.executable, *command(3, "--epochs", 1, "--restart")]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": GPUS or "0"}
-    printed = subprocess.check_output(words, cwd=folder, env=environment, text=True)
-    assert "on cuda in" in printed and (folder / "run/03_progressive.pt").exists()
+def test_the_attack_as_a_cuda_graph_changes_no_loss(folder):
+    plain = f"c3 = __import__({NAMES[2]!r}); c3.as_graph = lambda step, _: step; c3.run_chapter()"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": GPUS or "0", "PYTHONPATH": str(HERE)}
+    script, *flags = command(3, "--epochs", 1, "--restart")
+    losses = []
+    for code in ([script], ["-c", plain]):
+        words = [sys.executable, *code, *flags]
+        printed = subprocess.check_output(words, cwd=folder, env=environment, text=True)
+        assert "on cuda in" in printed
+        log = rows_of(folder / "run/03_progressive_log.csv")
+        losses.append([float(row["loss"]) for row in log])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 # ---- Chapter 4: the predictor --------------------------------------------------------------------

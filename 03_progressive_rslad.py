@@ -45,7 +45,7 @@ import torch.nn.functional as F
 # fmt: off
 FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
     "epochs": (120, 4, 2, 1, 10**6, "of each of 3 phases (fixed: all 3 are one); paper 120"),
-    "lr": (0.01, 0.02, 0.05, 0, 1e3, "learning rate, times warm-up or cosine; paper 0.01"),
+    "lr": (0.01, 0.02, 0.36, 0, 1e3, "learning rate, times warm-up or cosine; paper 0.01"),
     "warmup": (5 / 120, 0.1, 0.1, 1e-9, 1, "share of a phase in which lr rises; paper silent"),
     "batch_size": (128, 128, 64, 1, 10**6, "images in an iteration; paper 128"),
     "sharpen": (1.0, 1.0, 1.0, 0.1, 10, "multiplies the teacher's logits; chapter 2 prints one"),

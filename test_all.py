@@ -563,7 +563,7 @@ def test_the_start_and_what_varies_and_the_learning_rate_in_each_step(folder, sa
     assert varied == expected[sampling]
     for i, step in enumerate(steps):  # warm-up and cosine, in each step anew
         share = (i % 10 + 1) / 10
-        assert abs(step["lr"] - 0.05 * min(share / 0.1, (1 + math.cos(math.pi * share)) / 2)) < 1e-9
+        assert abs(step["lr"] - 0.36 * min(share / 0.1, (1 + math.cos(math.pi * share)) / 2)) < 1e-9
         assert (step["momentum"] == 0) == (i % 10 == 0)
     logged = [float(row["lr"]) for row in rows_of(folder / f"run/03_{sampling}_log.csv")]
     assert logged == [step["lr"] for step in steps[4::5]]

@@ -147,8 +147,8 @@ def main():
                 natural_kl = kl(target, network(x))  # network(x) leaves batch-norm statistics of x
 
                 # L_max of equation 2: the attack, on the student with the statistics of x, as left
-                # above, in all steps: unlike in chapter 2, where networks begin at random, that
-                # costs no accuracy, and is faster. At a KL of 0 its gradient is 0: start near x.
+                # above, in all steps. That is faster, and for what begins as the teacher as good;
+                # from random weights see chapter 2. At a KL of 0 its gradient is 0: start near x.
                 noise = 0.001 * torch.randn_like(x)
                 x_adv = pgd(network.fold_norms(), x, lambda z: kl(target, z), noise, *args.attack)
 

@@ -83,8 +83,8 @@ def main():
     ends = ".pt", ".pt2", ".state", "_log.csv"
     checkpoint, exported, state, log = (args.out / f"{file}{end}" for end in ends)
     if args.restart:
-        checkpoint.unlink(missing_ok=True)
-        state.unlink(missing_ok=True)
+        for old in (checkpoint, exported, state):
+            old.unlink(missing_ok=True)
     if checkpoint.exists() and not state.exists():
         load(checkpoint, settings)  # exits if it is stale, or of other settings
         return finish(args, [], [f"{checkpoint} earlier (--restart makes it anew)"], following)
@@ -134,11 +134,11 @@ def main():
             best = {**row, "weights": moved(shared, "cpu")}
         momentum = optimizer.state_dict()
         save(state, settings, net, weights=shared, sgd=momentum, rows=rows, best=best)
-    save(checkpoint, settings, net, weights=best["weights"])
     network = Network(net, moved(best["weights"], device), student)
     network = calibrated(network, data["calibration"])
-    export(network, exported, data["names"])
-    state.unlink()  # last: a checkpoint beside its state is not done yet
+    export(network, exported, data["names"])  # first: who finds the checkpoint finds it, too
+    save(checkpoint, settings, net, weights=best["weights"])
+    state.unlink(missing_ok=True)  # last: a checkpoint beside its state is not done yet
     table = {name: best[name] for name in ("epoch", "loss", "natural", "robust")}
     # What chapter 3's flag may be; printed here alone.
     table["--sharpen"] = sharpening(network, data["held_out"], data["held_out_labels"])
@@ -580,17 +580,23 @@ def write_csv(path, rows):
 
 def save(path, settings, source, **content):
     """Write what load() reads, with the checksums of its source, which load() has returned, and of
-    what that was made from. A file that another run has written, with other settings, is not
-    overwritten."""
-    if path.exists():
-        there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if there["settings"] != settings:
-            fail(f"{path} is another run's by now, of other settings: give each one its own --out")
+    what that was made from."""
+    keep_others(path, settings)
     made_from = source["made_from"] | {source["file"]: source["mark"]} if source else {}
     about = {"file": path.name, "settings": settings, "made_from": made_from}
     buffer = io.BytesIO()
     torch.save(about | content, buffer)
     write(path, buffer.getvalue())
+
+
+def keep_others(path, settings):
+    """Exits if the file is there, and of other settings: another run has written it."""
+    try:
+        there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["settings"]
+    except Exception:  # of many kinds: it is not there, or damaged
+        return
+    if there != settings:
+        fail(f"{path} is another run's, of other settings: give each one its own --out")
 
 
 def load(path, settings):
@@ -606,16 +612,18 @@ def load(path, settings):
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
     if file != path.name:
         fail(f"{path} is a copy of a {file}, which is not read by this name")
-    again = f"run {CHAPTERS[int(path.name[:2]) - 1]} with its flags and --restart"
     for name, value in settings.items():
         old = made_with.get(name)
         if old != value:  # a common flag: its old value goes on, even if the images have moved
-            way = shlex.join([f"--{name}={old}"]) if name in COMMON else again
-            fail(f"{path}: {name} was {old}, not {value}: {way} or take another --out")
-    for name, mark in made_from.items():
+            way = shlex.join([f"--{name}={old}"]) if name in COMMON else "that again, delete it,"
+            fail(f"{path}: {name} was {old}, not {value}: take {way} or another --out")
+    stale = ""
+    for (name, mark), made_next in zip(made_from.items(), [*made_from, path.name][1:]):
         source = path.with_name(name)
-        if source.exists() and checksum(source) != mark:
-            fail(f"{path} is stale: {name} is another one by now: {again}")
+        if source.exists() and checksum(source) != mark:  # the last one: mends begin after it
+            stale = f"{name} is another one by now: run {CHAPTERS[int(made_next[:2]) - 1]}"
+    if stale:
+        fail(f"{path} is stale: {stale} with its flags and --restart")
     return {**loaded, "mark": own_mark}
 
 
@@ -693,7 +701,7 @@ def run_chapter():
     try:
         return main()
     except KeyboardInterrupt:
-        line, code = "stopped; the same command, without --restart, goes on from here", 130
+        line, code = "stopped; the same command goes on; with --restart it starts over", 130
     except OSError as error:
         sys.stdout = None  # it may be what failed, as with `| head`
         name = error.filename or "the output"

@@ -90,7 +90,9 @@ def main():
     source = load(args.out / "02_teacher.pt", net["settings"]) if ours else net
     batch = min(args.batch_size, len(data["train"]))
     batches = len(data["train"]) // batch  # of an epoch; an incomplete batch is left out
-    if batches * args.epochs == 1:  # the last iteration's learning rate is 0
+    phases = VARIES[args.sampling]
+    epochs, epochs_of_phase = 3 * args.epochs, 3 * args.epochs // len(phases)
+    if batches * epochs_of_phase == 1:  # the last iteration's learning rate is 0
         fail("with one iteration nothing is learned: take more --epochs")
     base = named_student(args, net) if args.student else student_at(net, -1)  # what does not vary
     begin_with = source if start == "teacher" else net  # net has chapter 1's random weights
@@ -118,10 +120,9 @@ def main():
     shared = moved(begin_with["weights"], device, learn=True)
     optimizer = torch.optim.SGD(shared.values(), momentum=0.9, weight_decay=2e-4)  # 5.0.1
     rows = resume(state, settings, shared, optimizer)[0]
-    phases, shown = VARIES[args.sampling], {"student": base}  # whose accuracies are logged
+    shown = {"student": base}  # whose accuracies are logged
     if not args.student:  # "middle" takes the second choice of every gene
         shown = {"largest": base, "middle": student_at(net, 1), "smallest": student_at(net, 0)}
-    epochs, epochs_of_phase = 3 * args.epochs, 3 * args.epochs // len(phases)
     args.attack = args.eps / 255, args.step_size / 255, args.steps
     print(f"RSLAD, {args.sampling} sampling, {epochs} epochs, on {where}")
 
@@ -178,7 +179,7 @@ def main():
         momentum = optimizer.state_dict()
         save(state, settings, source, weights=shared, sgd=momentum, rows=rows, best={})
     save(checkpoint, settings, source, weights=moved(shared, "cpu"))
-    state.unlink()
+    state.unlink(missing_ok=True)
     table = [
         {
             "held-out images": name,
@@ -592,17 +593,23 @@ def write_csv(path, rows):
 
 def save(path, settings, source, **content):
     """Write what load() reads, with the checksums of its source, which load() has returned, and of
-    what that was made from. A file that another run has written, with other settings, is not
-    overwritten."""
-    if path.exists():
-        there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if there["settings"] != settings:
-            fail(f"{path} is another run's by now, of other settings: give each one its own --out")
+    what that was made from."""
+    keep_others(path, settings)
     made_from = source["made_from"] | {source["file"]: source["mark"]} if source else {}
     about = {"file": path.name, "settings": settings, "made_from": made_from}
     buffer = io.BytesIO()
     torch.save(about | content, buffer)
     write(path, buffer.getvalue())
+
+
+def keep_others(path, settings):
+    """Exits if the file is there, and of other settings: another run has written it."""
+    try:
+        there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["settings"]
+    except Exception:  # of many kinds: it is not there, or damaged
+        return
+    if there != settings:
+        fail(f"{path} is another run's, of other settings: give each one its own --out")
 
 
 def load(path, settings):
@@ -618,16 +625,18 @@ def load(path, settings):
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
     if file != path.name:
         fail(f"{path} is a copy of a {file}, which is not read by this name")
-    again = f"run {CHAPTERS[int(path.name[:2]) - 1]} with its flags and --restart"
     for name, value in settings.items():
         old = made_with.get(name)
         if old != value:  # a common flag: its old value goes on, even if the images have moved
-            way = shlex.join([f"--{name}={old}"]) if name in COMMON else again
-            fail(f"{path}: {name} was {old}, not {value}: {way} or take another --out")
-    for name, mark in made_from.items():
+            way = shlex.join([f"--{name}={old}"]) if name in COMMON else "that again, delete it,"
+            fail(f"{path}: {name} was {old}, not {value}: take {way} or another --out")
+    stale = ""
+    for (name, mark), made_next in zip(made_from.items(), [*made_from, path.name][1:]):
         source = path.with_name(name)
-        if source.exists() and checksum(source) != mark:
-            fail(f"{path} is stale: {name} is another one by now: {again}")
+        if source.exists() and checksum(source) != mark:  # the last one: mends begin after it
+            stale = f"{name} is another one by now: run {CHAPTERS[int(made_next[:2]) - 1]}"
+    if stale:
+        fail(f"{path} is stale: {stale} with its flags and --restart")
     return {**loaded, "mark": own_mark}
 
 
@@ -705,7 +714,7 @@ def run_chapter():
     try:
         return main()
     except KeyboardInterrupt:
-        line, code = "stopped; the same command, without --restart, goes on from here", 130
+        line, code = "stopped; the same command goes on; with --restart it starts over", 130
     except OSError as error:
         sys.stdout = None  # it may be what failed, as with `| head`
         name = error.filename or "the output"

@@ -20,7 +20,7 @@ reads   01_images.pt, 01_dynamic_net.pt, 02_teacher.pt, 03_progressive.pt   (mad
 writes  04_students.csv      a row for each measured student; 04_students.pt to go on from there
         04_predictions.csv   measured and predicted accuracy of the test students
         04_report.csv        how far they are apart
-        04_widths.csv        figure 6: the teacher, and students that differ in width (kernel) alone
+        04_widths.csv        figure 6: chapter 2's teacher, students that differ in width (kernel)
         04_pictures.png      images, what an attack adds, the sum, and how they are classified
         04_predictor.pt      the predictor; delete it to fit another one to the same students
         (with --sampling random all names end in _random)
@@ -76,6 +76,7 @@ def main():
     following = f"05_nsga2.py --sampling={args.sampling}"
     if args.test_students > args.students - 2:
         fail("--test-students must be at most --students less 2")
+    students = distinct_students(net, args)
     if args.restart:
         checkpoint.unlink(missing_ok=True)
         state.unlink(missing_ok=True)
@@ -89,7 +90,6 @@ def main():
 
     fitting = "epochs", "test_students"  # need no new measurements
     measuring = {name: settings[name] for name in settings if name not in fitting}
-    students = distinct_students(net, args)
     rows = load(state, measuring)["rows"] if state.exists() else []
     count = len(data["held_out"])
     print(f"{args.students} students, PGD-{args.steps}, {count} images, on {device} in float32")
@@ -111,12 +111,13 @@ def main():
     columns = "natural", "robust", "predicted_natural", "predicted_robust"
     table = torch.cat([measured[train:], predicted], 1).tolist()
     write_csv(args.out / f"04_predictions{end}.csv", [dict(zip(columns, row)) for row in table])
-    weights = moved(load(args.out / "02_teacher.pt", net["settings"])["weights"], device)
-    teacher = Network(net, weights, student_at(net, -1))
+    taught = load(args.out / "02_teacher.pt", net["settings"])
+    teacher = Network(net, moved(taught["weights"], device), student_at(net, -1))
     second = Network(net, shared, student_at(net, 1))  # the second choice of every gene
     write_csv(args.out / f"04_widths{end}.csv", widths(args, net, shared, teacher, data))
     write(args.out / f"04_pictures{end}.png", pictures(args, second, data))
-    save(checkpoint, settings, trained, **predictor)
+    sources = trained["made_from"] | {trained["file"]: trained["mark"]}
+    save(checkpoint, settings, {**taught, "made_from": sources}, **predictor)  # figure 6's, too
     print(f"\non {len(predicted)} students that were not used in training; shares of 1:")
     wrote = checkpoint, args.out / f"04_*{end}.csv", args.out / f"04_pictures{end}.png"
     finish(args, report, wrote, following)
@@ -553,17 +554,23 @@ def write_csv(path, rows):
 
 def save(path, settings, source, **content):
     """Write what load() reads, with the checksums of its source, which load() has returned, and of
-    what that was made from. A file that another run has written, with other settings, is not
-    overwritten."""
-    if path.exists():
-        there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if there["settings"] != settings:
-            fail(f"{path} is another run's by now, of other settings: give each one its own --out")
+    what that was made from."""
+    keep_others(path, settings)
     made_from = source["made_from"] | {source["file"]: source["mark"]} if source else {}
     about = {"file": path.name, "settings": settings, "made_from": made_from}
     buffer = io.BytesIO()
     torch.save(about | content, buffer)
     write(path, buffer.getvalue())
+
+
+def keep_others(path, settings):
+    """Exits if the file is there, and of other settings: another run has written it."""
+    try:
+        there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["settings"]
+    except Exception:  # of many kinds: it is not there, or damaged
+        return
+    if there != settings:
+        fail(f"{path} is another run's, of other settings: give each one its own --out")
 
 
 def load(path, settings):
@@ -579,16 +586,18 @@ def load(path, settings):
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
     if file != path.name:
         fail(f"{path} is a copy of a {file}, which is not read by this name")
-    again = f"run {CHAPTERS[int(path.name[:2]) - 1]} with its flags and --restart"
     for name, value in settings.items():
         old = made_with.get(name)
         if old != value:  # a common flag: its old value goes on, even if the images have moved
-            way = shlex.join([f"--{name}={old}"]) if name in COMMON else again
-            fail(f"{path}: {name} was {old}, not {value}: {way} or take another --out")
-    for name, mark in made_from.items():
+            way = shlex.join([f"--{name}={old}"]) if name in COMMON else "that again, delete it,"
+            fail(f"{path}: {name} was {old}, not {value}: take {way} or another --out")
+    stale = ""
+    for (name, mark), made_next in zip(made_from.items(), [*made_from, path.name][1:]):
         source = path.with_name(name)
-        if source.exists() and checksum(source) != mark:
-            fail(f"{path} is stale: {name} is another one by now: {again}")
+        if source.exists() and checksum(source) != mark:  # the last one: mends begin after it
+            stale = f"{name} is another one by now: run {CHAPTERS[int(made_next[:2]) - 1]}"
+    if stale:
+        fail(f"{path} is stale: {stale} with its flags and --restart")
     return {**loaded, "mark": own_mark}
 
 
@@ -666,7 +675,7 @@ def run_chapter():
     try:
         return main()
     except KeyboardInterrupt:
-        line, code = "stopped; the same command, without --restart, goes on from here", 130
+        line, code = "stopped; the same command goes on; with --restart it starts over", 130
     except OSError as error:
         sys.stdout = None  # it may be what failed, as with `| head`
         name = error.filename or "the output"

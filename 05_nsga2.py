@@ -84,7 +84,7 @@ def main():
     made_from = f"{found['made_from'][weights]} {found['mark']}"
     judged = read_csv(args, "table1", made_from=made_from)
     if judged and all(exported(args, name).exists() for name in found["students"]):
-        return finish(args, [], [f"{done} earlier (--restart makes it anew)"])
+        return finish(args, [], [f"{done} earlier (--restart makes it anew)", *figures(args)])
     run_other(args, CHAPTERS[1], "--judge", f"--eps={predictor['settings']['eps']}")
     finish(args, [], figures(args))
 
@@ -395,17 +395,23 @@ def write_csv(path, rows):
 
 def save(path, settings, source, **content):
     """Write what load() reads, with the checksums of its source, which load() has returned, and of
-    what that was made from. A file that another run has written, with other settings, is not
-    overwritten."""
-    if path.exists():
-        there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if there["settings"] != settings:
-            fail(f"{path} is another run's by now, of other settings: give each one its own --out")
+    what that was made from."""
+    keep_others(path, settings)
     made_from = source["made_from"] | {source["file"]: source["mark"]} if source else {}
     about = {"file": path.name, "settings": settings, "made_from": made_from}
     buffer = io.BytesIO()
     torch.save(about | content, buffer)
     write(path, buffer.getvalue())
+
+
+def keep_others(path, settings):
+    """Exits if the file is there, and of other settings: another run has written it."""
+    try:
+        there = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["settings"]
+    except Exception:  # of many kinds: it is not there, or damaged
+        return
+    if there != settings:
+        fail(f"{path} is another run's, of other settings: give each one its own --out")
 
 
 def load(path, settings):
@@ -421,16 +427,18 @@ def load(path, settings):
         fail(f"{path} is damaged or not ours ({type(error).__name__}): delete it, it is made anew")
     if file != path.name:
         fail(f"{path} is a copy of a {file}, which is not read by this name")
-    again = f"run {CHAPTERS[int(path.name[:2]) - 1]} with its flags and --restart"
     for name, value in settings.items():
         old = made_with.get(name)
         if old != value:  # a common flag: its old value goes on, even if the images have moved
-            way = shlex.join([f"--{name}={old}"]) if name in COMMON else again
-            fail(f"{path}: {name} was {old}, not {value}: {way} or take another --out")
-    for name, mark in made_from.items():
+            way = shlex.join([f"--{name}={old}"]) if name in COMMON else "that again, delete it,"
+            fail(f"{path}: {name} was {old}, not {value}: take {way} or another --out")
+    stale = ""
+    for (name, mark), made_next in zip(made_from.items(), [*made_from, path.name][1:]):
         source = path.with_name(name)
-        if source.exists() and checksum(source) != mark:
-            fail(f"{path} is stale: {name} is another one by now: {again}")
+        if source.exists() and checksum(source) != mark:  # the last one: mends begin after it
+            stale = f"{name} is another one by now: run {CHAPTERS[int(made_next[:2]) - 1]}"
+    if stale:
+        fail(f"{path} is stale: {stale} with its flags and --restart")
     return {**loaded, "mark": own_mark}
 
 
@@ -508,7 +516,7 @@ def run_chapter():
     try:
         return main()
     except KeyboardInterrupt:
-        line, code = "stopped; the same command, without --restart, goes on from here", 130
+        line, code = "stopped; the same command goes on; with --restart it starts over", 130
     except OSError as error:
         sys.stdout = None  # it may be what failed, as with `| head`
         name = error.filename or "the output"
@@ -555,15 +563,23 @@ def figures(args):
         left, right = ("epoch", "loss in nats", losses), ("epoch", label, others)
         draw(path.stem, (path.stem, *left), (path.stem, *right))
     clouds, lines = {}, {}  # figures 2 and 7, many students; figure 6, three that differ in width
+    first = {}  # how the students of the first sampling were measured
     for sampling, end in {"progressive": "", "random": "_random"}.items():
-        if not is_ours(f"04_students{end}"):
+        students = usable(args.out / f"04_students{end}.pt", args.common)
+        if not students:
+            continue
+        settings = students["settings"]
+        measured = {name: settings[name] for name in ("eps", "step_size", "steps", "images")}
+        first = first or measured
+        if measured != first:
+            print(f"no figure of {sampling} sampling: measured with {measured}, the other {first}")
             continue
         rows = read_csv(args, f"04_students{end}")
         clouds[sampling] = points(rows, "natural", "robust", "dots")
         if not is_ours(f"04_predictor{end}"):
             continue
         teacher, *narrow = read_csv(args, f"04_widths{end}") or [{}]
-        clouds["teacher"] = points([teacher], "natural", "robust", "rings")
+        clouds["chapter 2's teacher"] = points([teacher], "natural", "robust", "rings")
         lines |= {f"{sampling}, {kind}": points(narrow, "student", kind) for kind in accuracy}
         rows, panels = read_csv(args, f"04_predictions{end}"), []  # figure 9
         for kind, label in accuracy.items():
@@ -599,15 +615,25 @@ def figures(args):
 
 def costs(args):
     """Figure 8: hours for 1 to 50 devices: RSLAD for each, or one dynamic network, the measured
-    students, and a search for each; both need the same teacher first."""
+    students, and a search for each; both need the same teacher first. RSLAD of other settings that
+    cost time is not compared, which is said."""
 
     def seconds(name):
         return [float(row["seconds"]) for row in read_csv(args, name)]
 
-    found = [path.stem for path in args.out.glob("0[3-5]_*.pt") if usable(path, args.common)]
-    alone = [name for name in found if name.startswith("03_fixed") and "_by_teacher" in name]
-    alone = [sum(seconds(f"{name}_log")) for name in alone]
-    if not alone or not {"03_progressive", "04_predictor", "05_search"} <= {*found}:
+    paths = sorted(args.out.glob("0[3-5]_*.pt"))
+    found = {path.stem: file for path in paths if (file := usable(path, args.common))}
+    if not {"03_progressive", "04_predictor", "05_search"} <= {*found}:
+        return []
+    shared, alone = found["03_progressive"]["settings"], []
+    costly = "teacher", "epochs", "batch_size", "steps"
+    for name in [name for name in found if name.startswith("03_fixed")]:
+        other = [key for key in costly if found[name]["settings"][key] != shared[key]]
+        if other:
+            print(f"figure 8 is without {name}: not 03_progressive's {', '.join(other)}")
+        else:
+            alone.append(sum(seconds(f"{name}_log")))
+    if not alone:
         return []
     each, search = sum(alone) / len(alone), max(seconds("05_best"))
     once = sum(seconds("03_progressive_log") + seconds("04_students"))

@@ -704,7 +704,7 @@ def test_the_search_begins_with_students_of_its_own(finished):
 # ---- Baselines and table 1 -----------------------------------------------------------------------
 def test_baselines_make_table_1_and_the_costs(folder):
     """TRADES and RSLAD of one student, by our teacher and by an exported one; three budgets."""
-    out, fixed = folder / "run", ["--epochs", 1, "--sampling", "fixed", "--student"]
+    out, fixed = folder / "run", ["--sampling", "fixed", "--student"]
     least = run(folder, 5, "--max-macs", 0.1, code=2).split()[5]  # where budgets begin, it says
     run(folder, 5, "--max-macs", least, 2.3, 2.3000001, "--restart")
     rows = [row for row in rows_of(out / "05_population.csv") if row["generation"] == "first"]
@@ -718,7 +718,8 @@ def test_baselines_make_table_1_and_the_costs(folder):
     run(folder, 3, *fixed, "usual")
     (out / "02_usual.pt2").rename(out / "a, b.pt2")
     (out / "02_teacher.pt").rename(folder / "ours")
-    run(folder, 3, *fixed, "best_2.3M", "--teacher", "run/a, b.pt2")  # needs no teacher of ours
+    other = "--teacher", "run/a, b.pt2", "--epochs", 1, "--batch-size", 200  # one batch an epoch
+    run(folder, 3, *fixed, "best_2.3M", *other)  # needs no teacher of ours
     (folder / "ours").rename(out / "02_teacher.pt")
     run(folder, 2, "--judge", "--eps", 4)
     rows = {row["file"]: row for row in rows_of(out / "table1.csv")}
@@ -740,8 +741,19 @@ def test_baselines_make_table_1_and_the_costs(folder):
     log.write_text(log.read_text().replace("\n2,", "\n2,inf,"))  # what can be drawn is drawn
     printed = run(folder, 5, "--figures")
     assert "50 devices: " in printed and "02_teacher_log.svg" in printed
+    without = "figure 8 is without 03_fixed_best_2.3M_by_a, b: not 03_progressive's teacher, epochs"
+    assert without in printed
+    seconds = [float(row["seconds"]) for row in rows_of(out / "03_fixed_usual_by_teacher_log.csv")]
+    hours = float(rows_of(out / "05_cost.csv")[9]["retraining"])
+    assert hours == pytest.approx(10 * sum(seconds) / 3600)
     assert "table 1: eps 4.0/255, the predictor: 6.0/255" in printed
     assert "on test images, eps 4.0/255" in (out / "05_population.svg").read_text()
+    (students,) = read(out, "04_students")
+    students |= {"file": "04_students_random.pt", "settings": students["settings"] | {"eps": 16.0}}
+    torch.save(students, out / "04_students_random.pt")
+    shutil.copy(out / "04_students.csv", out / "04_students_random.csv")
+    assert "no figure of random sampling: measured with {'eps': 16.0" in run(folder, 5, "--figures")
+    assert "random" not in (out / "04_students.svg").read_text()
     for name in ("03_fixed_usual_by_teacher", "04_predictor"):  # of what is not there nothing
         (out / f"{name}.pt").unlink()
     printed = run(folder, 5, "--figures")
@@ -788,7 +800,18 @@ def test_nothing_is_lost_where_a_table_could_not_be_written(folder, monkeypatch,
 def test_what_is_missing_is_made_the_same(folder):
     before = contents(folder / "run")
     (folder / "run/01_images.pt").unlink()
+    (folder / "run/04_students.svg").unlink()
+    assert "is another run's, of other settings" in run(folder, 2, "--net", "mbv3", code=2)
     assert "01_images.pt is missing: running 01" in run(folder, 2)
+    assert "is another run's" in run(folder, 1, "--net", "mbv3", "--restart", code=2)
+    assert "earlier" in run(folder, 5)
+    assert before == contents(folder / "run")
+
+
+def test_students_are_not_lost_where_a_network_has_too_few(folder, monkeypatch):
+    before = contents(folder / "run")
+    monkeypatch.setattr(c4, "sample", lambda net, rng: c1.student_at(net, 0))
+    assert "does not hold so many" in run(folder, 4, "--restart", code=2)
     assert before == contents(folder / "run")
 
 
@@ -837,9 +860,16 @@ def test_what_is_stale_is_said_and_never_used(folder, quick_export):
     assert "best" in run(folder, 5, "--restart", "--seed", 0)
     assert rows_of(folder / "run/table1.csv")[-1]["student"] == "best"  # judged anew
     run(folder, 2, "--restart", "--epochs", 1)
+    stale = "is stale: 02_teacher.pt is another one by now: run"
     for number, file in {3: "03_progressive", 4: "03_progressive", 5: "04_predictor"}.items():
         words = ["--epochs", 1] if number == 3 else []
-        assert f"{file}.pt is stale: 02_teacher.pt" in run(folder, number, *words, code=2)
+        assert f"{file}.pt {stale} 03_progressive" in run(folder, number, *words, code=2)
+    teacher, trained = read(folder / "run", "02_teacher", "03_progressive")
+    del trained["made_from"]["02_teacher.pt"]  # as from random weights, by another teacher
+    torch.save(trained, folder / "run/03_progressive.pt")
+    run(folder, 4, "--restart")  # but figure 6 has chapter 2's
+    torch.save(teacher | {"anew": True}, folder / "run/02_teacher.pt")
+    assert f"04_predictor.pt {stale} 04_predictor" in run(folder, 5, code=2)
 
 
 def test_a_name_that_means_another_student_by_now_is_passed_over(folder, quick_export):
@@ -876,14 +906,16 @@ def test_what_is_not_ours_is_passed_over_and_kept(folder, quick_export):
 
 
 def test_a_failed_export_does_not_cost_the_training(folder, monkeypatch):
-    (folder / "run/02_teacher.pt2").unlink()
+    checkpoint, exported = folder / "run/02_teacher.pt", folder / "run/02_teacher.pt2"
     with monkeypatch.context() as patch:
         patch.setattr(c2, "export", lambda *_: c2.fail("no export"))
         assert "no export" in run(folder, 2, "--restart", "--epochs", 1, code=2)
-    before = (folder / "run/02_teacher.pt").read_bytes()
+    assert not checkpoint.exists() and not exported.exists()  # so no chapter goes on without both
+    checkpoint.write_bytes(b"cut off")
+    again = "epochs was 1, not 3: take that again, delete it, or another --out"
+    assert again in run(folder, 2, code=2)
     assert "after epoch 1" in run(folder, 2, "--epochs", 1)
-    assert (folder / "run/02_teacher.pt2").exists()
-    assert (folder / "run/02_teacher.pt").read_bytes() == before
+    assert exported.exists() and read(folder / "run", "02_teacher")
 
 
 def test_two_runs_with_other_settings_do_not_overwrite_each_other(folder, monkeypatch):
@@ -892,7 +924,7 @@ def test_two_runs_with_other_settings_do_not_overwrite_each_other(folder, monkey
     usual.rename(other)
     begun = lambda *_: shutil.copy(other, usual) and [0.5, 0.5]
     monkeypatch.setattr(c2, "accuracies", begun)  # it ends while this one trains
-    assert "is another run's by now" in run(folder, 2, "--student", "usual", code=2)
+    assert "is another run's, of other" in run(folder, 2, "--student", "usual", code=2)
     assert usual.read_bytes() == other.read_bytes()
 
 
@@ -1004,7 +1036,7 @@ BAD_FLAGS = """
 3 --teacher shades/train/dark/0.png --restart: --teacher shades
 3 --teacher run/02_teacher.pt --restart: not what torch.export.save wrote
 3 --lr 1e3 --warmup 0.001 --restart: loss is not finite
-3 --epochs 3: epochs was 2, not 3: run 03_progressive_rslad.py with its flags and --restart
+3 --epochs 3: epochs was 2, not 3: take that again, delete it, or another --out
 3 --teacher run/teacher.pt2: give it another name
 2 --batch-size 200 --epochs 1 --restart: nothing is learned
 3 --batch-size 200 --epochs 1 --restart: nothing is learned
@@ -1012,7 +1044,7 @@ BAD_FLAGS = """
 4 --test-students 100000: test_students is 100000, not 2 to 3000
 5 --population 100000: population is 100000, not 2 to 5000
 5 --mutation 1.5: mutation is 1.5, not 0 to 1
-5 --preset quick: preset was tiny, not quick: --preset=tiny or take another --out
+5 --preset quick: preset was tiny, not quick: take --preset=tiny or another --out
 5 --figures --out nowhere: there is no nowhere
 5 --max-macs 2e6: --max-macs is in millions
 """
@@ -1065,7 +1097,7 @@ def test_two_data_sets_of_one_name_are_told_apart(folder):
     shutil.copytree(folder / "shades", folder / "other/shades")  # or the same one, moved there
     said = run(folder, 5, "--dataset", "other/shades", code=2)
     assert f"dataset was {(folder / 'shades').resolve()}, not {folder}/other/shades: " in said
-    assert "earlier" in run(folder, 2, said.split()[-5])  # what it says goes on
+    assert "earlier" in run(folder, 2, said.split()[-4])  # what it says goes on
     (folder / "toy/train").mkdir(parents=True)
     assert "write ./toy" in run(folder, 1, "--dataset", "toy", "--out", "new", code=2)
 
@@ -1096,7 +1128,7 @@ def test_other_images_are_noticed(folder):
     printed = run(folder, 1, *words, "--restart")
     assert "180 images of 3 classes; 1 other files" in printed
     assert "in this order: bright, dark, middling, gr?n" in printed
-    stale = "02_teacher.pt is stale: 01_images.pt is another one by now"
+    stale = "02_teacher.pt is stale: 01_dynamic_net.pt is another one by now"
     assert stale in run(folder, 2, *words, "--epochs", 1, code=2)
 
 

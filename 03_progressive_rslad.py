@@ -92,6 +92,8 @@ def main():
     batches = len(data["train"]) // batch  # of an epoch; an incomplete batch is left out
     phases = VARIES[args.sampling]
     epochs, epochs_of_phase = 3 * args.epochs, 3 * args.epochs // len(phases)
+    if epochs % len(phases):
+        fail(f"{epochs} epochs cannot be divided into {len(phases)} phases of one length")
     if batches * epochs_of_phase == 1:  # the last iteration's learning rate is 0
         fail("with one iteration nothing is learned: take more --epochs")
     base = named_student(args, net) if args.student else student_at(net, -1)  # what does not vary
@@ -634,9 +636,10 @@ def load(path, settings):
     for (name, mark), made_next in zip(made_from.items(), [*made_from, path.name][1:]):
         source = path.with_name(name)
         if source.exists() and checksum(source) != mark:  # the last one: mends begin after it
-            stale = f"{name} is another one by now: run {CHAPTERS[int(made_next[:2]) - 1]}"
+            stale = f"{name} is another one by now: repeat {CHAPTERS[int(made_next[:2]) - 1]} "
+            stale += f"with the flags that made {made_next}, and --restart"
     if stale:
-        fail(f"{path} is stale: {stale} with its flags and --restart")
+        fail(f"{path} is stale: {stale}")
     return {**loaded, "mark": own_mark}
 
 

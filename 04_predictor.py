@@ -595,9 +595,10 @@ def load(path, settings):
     for (name, mark), made_next in zip(made_from.items(), [*made_from, path.name][1:]):
         source = path.with_name(name)
         if source.exists() and checksum(source) != mark:  # the last one: mends begin after it
-            stale = f"{name} is another one by now: run {CHAPTERS[int(made_next[:2]) - 1]}"
+            stale = f"{name} is another one by now: repeat {CHAPTERS[int(made_next[:2]) - 1]} "
+            stale += f"with the flags that made {made_next}, and --restart"
     if stale:
-        fail(f"{path} is stale: {stale} with its flags and --restart")
+        fail(f"{path} is stale: {stale}")
     return {**loaded, "mark": own_mark}
 
 

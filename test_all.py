@@ -569,6 +569,12 @@ def test_the_start_and_what_varies_and_the_learning_rate_in_each_step(folder, sa
     assert logged == [step["lr"] for step in steps[4::5]]
 
 
+def test_phases_are_of_one_length(folder, monkeypatch):
+    monkeypatch.setitem(c3.VARIES, "two", [("width",), c3.KINDS])  # a reader's
+    said = run(folder, 3, "--sampling", "two", "--epochs", 1, code=2)
+    assert "3 epochs cannot be divided into 2 phases" in said
+
+
 def test_the_largest_student_begins_as_the_teacher(folder):
     """Both have the batch's statistics: nothing else than the method moves it."""
     alone = "--sampling fixed --student largest --start teacher --epochs 1 --steps 1".split()
@@ -846,7 +852,7 @@ def test_a_chapter_that_is_stopped_takes_its_child_along(folder):
 def test_what_is_stale_is_said_and_never_used(folder, quick_export):
     run(folder, 2, "--student", "best", "--epochs", 1)
     run(folder, 3, "--restart", "--epochs", 1)
-    stale = "04_predictor.pt is stale: 03_progressive.pt is another one by now: run 04_predictor.py"
+    stale = "04_predictor.pt is stale: 03_progressive.pt is another one by now: repeat 04_"
     for words in ([], ["--restart"]):
         assert stale in run(folder, 5, *words, code=2)
     judged = run(folder, 2, "--judge")
@@ -860,7 +866,7 @@ def test_what_is_stale_is_said_and_never_used(folder, quick_export):
     assert "best" in run(folder, 5, "--restart", "--seed", 0)
     assert rows_of(folder / "run/table1.csv")[-1]["student"] == "best"  # judged anew
     run(folder, 2, "--restart", "--epochs", 1)
-    stale = "is stale: 02_teacher.pt is another one by now: run"
+    stale = "is stale: 02_teacher.pt is another one by now: repeat"
     for number, file in {3: "03_progressive", 4: "03_progressive", 5: "04_predictor"}.items():
         words = ["--epochs", 1] if number == 3 else []
         assert f"{file}.pt {stale} 03_progressive" in run(folder, number, *words, code=2)

@@ -628,8 +628,9 @@ def costs(args):
         return []
     shared, alone = found["03_progressive"]["settings"], []
     costly = "teacher", "epochs", "batch_size", "steps"
-    for name in [name for name in found if name.startswith("03_fixed")]:
-        other = [key for key in costly if found[name]["settings"][key] != shared[key]]
+    fixed = {name: file["settings"] for name, file in found.items() if name.startswith("03_fixed")}
+    for name, own in fixed.items():
+        other = [key for key in costly if own[key] != shared[key]]
         if other:
             print(f"figure 8 is without {name}: not 03_progressive's {', '.join(other)}")
         else:

@@ -1,12 +1,8 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["torch>=2.6", "torchvision", "numpy", "pytest"]
-# ///
-"""Tests of the five chapters: `pytest test_all.py`, four to ten minutes on two CPU cores.
+"""Tests of the five chapters: `pytest test_all.py`, about three minutes on two idle CPU cores.
 
-The chain runs first, as a user runs it, on toy, with both networks; what it has made is looked at
-last. Beside it the method is held against oracles: textbook losses, closed forms, brute force,
-counts of the authors' networks. Then what goes wrong: stops, damaged files, bad flags.
+The chain runs first, as a user runs it, on toy, with both networks; its results are looked at last.
+Beside it the method is held against oracles: textbook losses, closed forms, brute force, counts of
+the authors' networks. Then what can go wrong: stops, files that do not belong together, bad flags.
 """
 
 import ast
@@ -18,7 +14,6 @@ import itertools
 import math
 import os
 import random
-import re
 import shlex
 import shutil
 import signal
@@ -34,20 +29,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.datasets.folder import Image, ImageFolder
+from torchvision.datasets.folder import Image
 from torchvision.models.mobilenetv3 import InvertedResidual, InvertedResidualConfig
 from torchvision.ops import Conv2dNormActivation
 from torchvision.utils import save_image
 
 HAS_GPU, GPUS = torch.cuda.is_available(), os.environ.get("CUDA_VISIBLE_DEVICES")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for one test alone: training there varies from run to run
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # but for one test: training there varies from run to run
 os.environ["OMP_NUM_THREADS"] = "1"  # two chains on two cores
 torch.set_num_threads(1)
-signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops the chains, too
 HERE, SEED = Path(__file__).parent, int(os.environ.get("SEED", 0))
 NAMES = ["01_dynamic_net", "02_teacher_trades", "03_progressive_rslad", "04_predictor", "05_nsga2"]
 c1, c2, c3, c4, c5 = CHAPTERS = [*map(importlib.import_module, NAMES)]
-NETS = {"-".join(key): c1.make_net(*key, 10) for key in c1.NETWORKS}
+for chapter in CHAPTERS:
+    chapter.COMMON["device"]["default"] = "cpu"
+NETS = {"-".join(key): c1.make_net(*key, [*range(10)]) for key in c1.NETWORKS}
 TINY = [NETS["resnet50-tiny"], NETS["mbv3-tiny"]]
 both = pytest.mark.parametrize("net", TINY, ids=["resnet50", "mbv3"])
 TRAIN = "--batch-size 32 --val-images 10 --epochs".split()
@@ -67,35 +63,31 @@ def command(number, *words, quick=True):
     return [*map(str, [HERE / f"{NAMES[number - 1]}.py", *common * quick, *words])]
 
 
-def run(root, number, *words, code=0, quick=True):
-    """Run a chapter in the folder root; what it prints, or its one line on stderr. The terminal
-    knows ASCII alone."""
-    out, err = (io.TextIOWrapper(io.BytesIO(), "ascii", "replace") for _ in range(2))
+def run(root, number, *words, fails=False, quick=True):
+    """Run a chapter in the folder root; what it prints, or the lines with which it exits."""
+    out, problems = io.StringIO(), []
 
     def in_process(command):  # a chapter that a chapter runs, too: importing torch takes seconds
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [*map(str, command[1:])])
             try:
-                CHAPTERS[NAMES.index(Path(command[1]).stem)].run_chapter()
+                CHAPTERS[NAMES.index(Path(command[1]).stem)].main()
             except SystemExit as stop:
-                if stop.code == 130:  # stopped: so is the chapter that runs this one, or the tests
-                    raise KeyboardInterrupt
-                return SimpleNamespace(returncode=stop.code or 0)
+                assert isinstance(stop.code, str) and "\n" not in stop.code
+                problems.append(stop.code)
+                return SimpleNamespace(returncode=1)
         return SimpleNamespace(returncode=0)
 
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(root)
-            patch.setattr(subprocess, "run", in_process)
-            exited = in_process(["python", *command(number, *words, quick=quick)]).returncode
-    out, err = (stream.flush() or stream.buffer.getvalue().decode() for stream in (out, err))
-    assert exited == code, out + err
-    assert err.count("\n") == (1 if code else 0), err
-    return err if code else out
+    with contextlib.redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setattr(subprocess, "run", in_process)
+        in_process(["python", *command(number, *words, quick=quick)])
+    assert bool(problems) == fails, (problems, out.getvalue())
+    return "; ".join(problems) if fails else out.getvalue()
 
 
 def rows_of(path):
-    return list(csv.DictReader(Path(path).read_text().splitlines()))
+    return list(csv.DictReader(Path(path).read_text("utf-8").splitlines()))
 
 
 def read(out, *names):
@@ -103,12 +95,17 @@ def read(out, *names):
 
 
 def contents(folder):
-    """{file: what it holds} of a folder, all but seconds; None for other files."""
+    """{file: what it holds} of a folder, but for seconds and what is drawn of them."""
+    without = lambda rows: [{**row, "seconds": 0} for row in rows]
     found = {path.name: None for path in folder.iterdir()}
-    for path in folder.glob("*.csv"):
-        found[path.name] = [row | {"seconds": 0} for row in rows_of(path)]
-    for path in {*folder.glob("*.pt")} - {folder / "04_students.pt"}:  # its rows are the table's
-        found[path.name] = path.read_bytes()
+    found |= {path.name: without(rows_of(path)) for path in folder.glob("*.csv")}
+    for path in [*folder.glob("*.pt"), *folder.glob("*.state")]:
+        made = torch.load(path, weights_only=True)
+        rows = made.pop("rows", [])
+        tables = rows.values() if isinstance(rows, dict) else [rows]
+        buffer = io.BytesIO()
+        torch.save(made, buffer)
+        found[path.name] = buffer.getvalue(), [*map(without, tables)]
     return found
 
 
@@ -125,16 +122,16 @@ def weights_of(net, dtype=torch.float64):
 def students_of(net, count):
     """The largest, the smallest, and random students."""
     rng = random.Random(SEED)
-    drawn = [c1.sample(net, rng) for _ in range(count)]
-    return [c1.student_at(net, -1), c1.student_at(net, 0), *drawn]
+    return [net["students"]["largest"], net["students"]["smallest"]] + [
+        c1.sample(net, rng) for _ in range(count)
+    ]
 
 
 CHAIN = {  # how each network's chain is run: the README's way; and chapter by chapter, on less
     "resnet50": {5: []},
     "mbv3": {
-        2: ["--epochs=3"],
-        3: ["--epochs=1"],
-        4: ["--students=16", "--test-students=4"],
+        2: ["--epochs=4"],
+        4: ["--students=12", "--test-students=4"],
         5: [],
     },
 }
@@ -161,7 +158,7 @@ def chains(request, tmp_path_factory):
         if net not in printed:
             printed[net] = processes[net].communicate()[0]
         assert processes[net].returncode == 0, printed[net]
-        return root / f"runs/toy-{net}{f'-seed{SEED}' * (SEED > 0)}", printed[net]
+        return root / f"runs/toy-{net}-tiny-seed{SEED}", printed[net]
 
     yield wait
     for process in processes.values():
@@ -197,10 +194,10 @@ def folder(finished, tmp_path):
     return tmp_path
 
 
-@pytest.fixture
-def quick_export(monkeypatch):
-    """For tests that do not look into what is exported, which takes a second each time."""
-    monkeypatch.setattr(c2, "export", lambda network, path, names: path.touch())
+def delete(folder, *patterns):
+    for pattern in patterns:
+        for path in (folder / "run").glob(pattern):
+            path.unlink()
 
 
 # ---- Chapter 1: the dynamic network --------------------------------------------------------------
@@ -209,11 +206,9 @@ def quick_export(monkeypatch):
 ARCHITECTURES = """
 resnet50 10 22222 222222 222222222222222222 46077482 2358013952
 resnet50 10 00000 000000 000000000000000000 5223570 285232096
-resnet50 10 20212 121102 120012100121210110 20245570 872585216
 resnet50 100 02222 102002 102122000000222102 27588828 1109185536
 mbv3 10 44444 77777777777777777777 22222222222222222222 6396570 179706624
 mbv3 10 22222 33333333333333333333 00000000000000000000 2142602 35293824
-mbv3 100 24223 75773375337775777753 21022200110221201212 3672500 74096384
 mbv3 100 34233 35357375755535357577 22011212210111222221 4578604 95339008
 """
 
@@ -221,11 +216,12 @@ mbv3 100 34233 35357375755535357577 22011212210111222221 4578604 95339008
 @pytest.mark.parametrize("line", ARCHITECTURES.split("\n")[1:-1])
 def test_counts_of_the_released_networks(line):
     name, classes, depths, others, expands, *expected = line.split()
-    net = c1.make_net(name, "paper", int(classes))
+    net = c1.make_net(name, "paper", [*range(int(classes))])
     if name == "resnet50":
         others = [net["width"][int(i)] for i in others]
     genes = [*map(int, depths), *map(float, others), *(net["expand"][int(i)] for i in expands)]
-    student = c1.canonical(net, [gene if gene % 1 else int(gene) for gene in genes])
+    genes = [gene if gene % 1 else int(gene) for gene in genes]
+    student = c1.canonical(net, dict(zip(net["genes"], genes, strict=True)))
     network, x = c1.Network(net, c1.random_weights(net), student), torch.zeros(1, 3, 32, 32)
     network(x)  # takes the slices; transforming kernels is no cost of the student's
     with FlopCounterMode(display=False) as counter:
@@ -234,20 +230,25 @@ def test_counts_of_the_released_networks(line):
     assert tuple(map(int, expected)) == c5.cost(net, student) == counts
 
 
+def everyone_of(net):
+    """All students of a tiny network, each once."""
+    genotypes = (dict(zip(net["genes"], s)) for s in itertools.product(*net["genes"].values()))
+    return [*{tuple(s.values()): s for s in (c1.canonical(net, g) for g in genotypes)}.values()]
+
+
 def test_students_are_counted_exactly():
-    for net in TINY:  # all genotypes, one by one
-        everyone = {c1.canonical(net, s) for s in itertools.product(*net["genes"].values())}
-        assert len(everyone) == c1.count_students(net)
+    for net in TINY:
+        assert len(everyone_of(net)) == c1.count_students(net)
     resnet, mobilenet = NETS["resnet50-paper"], NETS["mbv3-paper"]
     assert c1.count_students(mobilenet) == (9**2 + 9**3 + 9**4) ** 5
     assert c1.count_students(resnet) == 2 * 3**6 * (3**2 + 3**3 + 3**4) ** 3 * (3**4 + 3**5 + 3**6)
-    assert c5.cost(resnet, c1.usual(resnet))[0] == 23_538_474  # ResNet-50
+    assert c5.cost(resnet, resnet["students"]["usual"])[0] == 23_538_474  # ResNet-50
 
 
-def textbook(net, shared, student):
+def textbook(net, shared, gene):
     """A student of the ResNet as it is written first: channels first, a fresh slice in every
     call."""
-    gene, div = dict(zip(net["genes"], student)), c1.divisible
+    div = c1.divisible
 
     def conv(name, x, out, k=1, stride=1):
         x = F.conv2d(x, shared[name][:out, : x.shape[1]], None, stride, k // 2)
@@ -259,7 +260,7 @@ def textbook(net, shared, student):
         x = conv("stem_1", x, mid, 3, net["stem_stride"]).relu()
         x = x + conv("stem_2", x, mid, 3).relu() if gene["depth_stem"] else x
         x = conv("stem_3", x, div(net["stem"] * gene["width_stem"]), 3).relu()
-        for i, (channels, base, stride) in enumerate(net["stages"], 1):
+        for i, (channels, base, stride, *_) in enumerate(net["stages"], 1):
             out = div(channels * gene[f"width_{i}"])
             for j in range(1, base + gene[f"depth_{i}"] + 1):
                 middle = div(round(out * gene[f"expand_{i}_{j}"]))
@@ -280,14 +281,14 @@ def test_a_slice_computes_what_the_textbook_computes():
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
 
 
-def torchvisions(net, shared, student):
+def torchvisions(net, shared, gene):
     """(a student of the MobileNet, the same in torchvision's blocks, which have its parts' order);
     their batch norms average what they are given."""
-    network, gene, x = c1.Network(net, shared, student), dict(zip(net["genes"], student)), 16
+    network, x = c1.Network(net, shared, gene), 16
     norm, (head, features) = partial(nn.BatchNorm2d, momentum=None), net["head"]
     swish = {"activation_layer": nn.Hardswish, "norm_layer": norm}
     kinds = [(x, 3, x, x, False, "RE", 1)]
-    for i, (out, stride, activation, gated) in enumerate(net["stages"], 1):
+    for i, (out, _, stride, activation, gated) in enumerate(net["stages"], 1):
         for j in range(1, gene[f"depth_{i}"] + 1):
             sizes = x, gene[f"kernel_{i}_{j}"], c1.divisible(x * gene[f"expand_{i}_{j}"]), out
             more = {"relu": "RE", "hardswish": "HS"}[activation], stride if j == 1 else 1
@@ -300,7 +301,7 @@ def torchvisions(net, shared, student):
         nn.AdaptiveAvgPool2d(1),
         nn.Conv2d(head, features, 1, bias=False),
         nn.Hardswish(),
-        nn.Conv2d(features, net["classes"], 1),
+        nn.Conv2d(features, len(net["classes"]), 1),
         nn.Flatten(),
     ).to(shared["stem"])
     network(torch.rand(2, 3, 32, 32).to(shared["stem"]))  # takes the slices
@@ -338,7 +339,7 @@ def test_gradients_add_up_over_students_and_are_zero_outside_the_slice(net):
 
 def test_a_smaller_kernel_is_the_transformed_centre_of_the_next_larger():
     net = NETS["mbv3-paper"]
-    shared, student = weights_of(net), c1.student_at(net, 0)  # kernels of 3
+    shared, student = weights_of(net), net["students"]["smallest"]  # kernels of 3
     network = c1.Network(net, shared, student)
     network(torch.zeros(2, 3, 32, 32).double())
     expected = shared["2_2_middle"][100, 0]
@@ -352,7 +353,7 @@ def test_a_smaller_kernel_is_the_transformed_centre_of_the_next_larger():
 @both
 def test_sorting_channels_leaves_the_largest_network_and_orders_by_importance(net):
     shared = {name: weight.detach() for name, weight in weights_of(net).items()}
-    x, largest = torch.rand(3, 3, 32, 32).double(), c1.student_at(net, -1)
+    x, largest = torch.rand(3, 3, 32, 32).double(), net["students"]["largest"]
     before = c3.Network(net, shared, largest)(x)
     c3.sort_channels(net, shared)
     after = c3.Network(net, shared, largest)(x)
@@ -362,240 +363,208 @@ def test_sorting_channels_leaves_the_largest_network_and_orders_by_importance(ne
         assert (importance.diff() <= 0).all()
 
 
-# ---- Attack, judgement, augmentation -------------------------------------------------------------
+# ---- Attack, judging, augmentation ---------------------------------------------------------------
 def test_pgd_on_a_linear_model_is_the_closed_form():
     torch.manual_seed(SEED)
     direction, x = torch.randn(3, 8, 8).double(), torch.rand(6, 3, 8, 8).double()
     for start in (torch.zeros_like(x), 0.5 * torch.randn_like(x)):  # even from outside the ball
-        x_adv = c2.pgd(lambda x: (x * direction).sum((1, 2, 3)), x, torch.sum, start, 0.1, 0.03, 10)
+        x_adv = c2.pgd(lambda x: (x * direction).sum(), x, start, 0.1, 0.03, 10)
         torch.testing.assert_close(x_adv, (x + 0.1 * direction.sign()).clamp(0, 1))
 
 
 def test_robust_accuracy_counts_images_right_before_and_after_the_attack():
     torch.manual_seed(SEED)
     images, labels = torch.randint(256, (40, 3, 32, 32)).byte(), torch.randint(3, (40,))
-    matrix, order, asked = torch.randn(3072, 3) / 20, torch.randperm(40), []
+    matrix, asked = torch.randn(3072, 3) / 20, []
 
     def network(x):
         asked.append(x.detach().clone())
         return x.flatten(1) @ matrix
 
     natural, robust = c4.judge(network, images, labels, 2 / 255, 0.5 / 255, 20, 7)
-    assert sum(map(len, asked[6:])) == natural.sum() * 21  # of PGD-20, on those alone
-    assert torch.equal(natural, network(images / 255).argmax(1) == labels)
-    assert not (robust & ~natural).any() and 0 < robust.sum() < natural.sum() < 40
-    weak = c4.judge(network, images, labels, 0.5, 0.1 / 255, 2, 7)[1]  # here the start decides
-    again = c4.judge(network, images[order], labels[order], 0.5, 0.1 / 255, 2, 13)[1]
-    assert torch.equal(again, weak[order])
+    right = network(images / 255).argmax(1) == labels
+    assert natural == right.sum().item() / 40 and 0 < robust < natural < 1
+    assert sum(map(len, asked[6:-1])) == right.sum() * 21  # of PGD-20, on those only
+    weak = 0.5, 0.1 / 255, 2  # here the start decides
+    alone = [c4.judge(network, images[[i]], labels[[i]], *weak)[1] for i in range(40)]
+    assert sum(alone) / 40 == pytest.approx(c4.judge(network, images, labels, *weak, 13)[1])
+    assert 0 < sum(alone) < right.sum()
     c4.judge(network, images, labels, 0.01, 0.01, 1)  # FGSM starts at the image
-    assert torch.equal(asked[-2][: natural.sum()], images[natural] / 255)
-
-
-def test_judging_when_no_image_is_right_and_where_there_are_no_doubles(finished, monkeypatch):
-    net, data = read(finished / "run", "01_dynamic_net", "01_images")
-    data["held_out_labels"] += 3
-    args = SimpleNamespace(val_images=9, attack=(8 / 255, 2 / 255, 2))
-    monkeypatch.setattr(torch.Tensor, "double", None)  # as on "mps"
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    c2.pick_device(SimpleNamespace(device="cpu"))
+    assert torch.equal(asked[-2], images[right] / 255)
+    assert c4.judge(network, images, labels + 3, 0.01, 0.01, 1) == (0, 0)
     assert not torch.backends.cudnn.allow_tf32  # judging is in float32
-    network = c4.Network(net, net["weights"], c4.student_at(net, 0))
-    assert c2.accuracies(network, data, args) == [0, 0]
-    assert c4.measure(args, network, data)["robust_half"] == 0
 
 
 def test_calibration_is_pytorchs_average_over_batches():
-    net, images = TINY[1], torch.randint(256, (60, 3, 32, 32)).byte()
+    net, images = TINY[1], torch.randint(256, (501, 3, 32, 32)).byte()
     network, theirs = torchvisions(net, weights_of(net, torch.float32), students_of(net, 1)[-1])
-    for x in images.split(20):
+    for x in images.split(167):  # not 250, 250 and 1
         theirs(x / 255)
-    few, judged = images[:3] / 255, c4.calibrated(network, images, batch=20)
+    few, judged = images[:3] / 255, c4.calibrated(network, images)
     torch.testing.assert_close(judged(few), theirs.eval()(few), rtol=1e-4, atol=1e-4)
 
 
 def test_calibration_images_are_training_images_augmented_once_for_all(finished):
     """A crop and a flip of each image, its own, as in training; the same for every seed."""
-    (data,), places = read(finished / "run", "01_images"), set()
+    data, places = read(finished / "run", "01_images")[0]["data"], []
     assert len(data["calibration"]) == len(data["train"]) == 162  # at most 2,000, tiny 500
+    every = [*itertools.product(range(9), range(9), ([], [2]))]
     for image, ours in zip(F.pad(data["train"], (4, 4, 4, 4)), data["calibration"]):
-        found = crops_of(image, ours)
-        assert len(found) == 1
-        places |= {*found}
-    assert len(places) > 100 and {flip for *_, flip in places} == {0, 1}
-    args = SimpleNamespace(dataset=str(finished / "shades"), seed=7, common={"preset": "tiny"})
-    assert torch.equal(c1.read_images(args)["calibration"], data["calibration"])
+        crops = (image[:, y : y + 32, x : x + 32].flip(flip) for y, x, flip in every)
+        (place,) = (n for n, crop in enumerate(crops) if torch.equal(crop, ours))
+        places.append(place)
+    assert len({*places}) > 100 and {place % 2 for place in places} == {0, 1}
+    args = SimpleNamespace(dataset=str(finished / "shades"), seed=7, preset="tiny")
+    assert torch.equal(c1.read_images(args)["data"]["calibration"], data["calibration"])
 
 
-def crops_of(image, ours):
-    """(row, column, flip) of each crop of a padded image that is ours."""
-    return [
-        (y, x, flip)
-        for y in range(9)
-        for x in range(9)
-        for flip in (0, 1)
-        if torch.equal(image[:, y : y + 32, x : x + 32].flip([2] * flip), ours)
-    ]
-
-
-# ---- Chapters 2 and 3: one iteration against the formulas, and a whole run's course --------------
-def recorded(root, number, *words):
-    """Run a chapter on the folder of three classes; of each iteration: batch, student, shared
-    weights, what the attack was given and found, and what the optimizer's step is given."""
-    module = CHAPTERS[number - 1]
-    steps, real, real_step = [], dict(vars(module)), torch.optim.SGD.step
-
-    def record(**things):  # not what happens between the last step and the next batch
-        if steps and steps[-1]["lr"] is None:
-            steps[-1].update(things)
-
-    def augment(images):
-        augmented = real["augment"](images)
-        steps.append({"x": augmented / 255, "lr": None})
-        return augmented
-
-    class Network(real["Network"]):
-        def __init__(self, net, weights, student):
-            super().__init__(net, weights, student)
-            copies = {key: weight.detach().clone() for key, weight in weights.items()}
-            record(student=student, shared=copies)
-
-    def pgd(network, x, loss, start, *attack):
-        x_adv = real["pgd"](network, x, loss, start, *attack)
-        record(start=start, x_adv=x_adv, attack=attack)
-        if len(steps) in (1, 8):  # those that are looked at
-            record(attacked=(network(x), network(x[:9])))
-        return x_adv
-
-    def kl(target, logits):
-        value = real["kl"](target, logits)
-        if steps and "kl" not in steps[-1]:  # an iteration's first: chapter 3's of natural images
-            record(kl=value.item())
-        return value
-
-    def step(optimizer):
-        group = optimizer.param_groups[0]
-        record(
-            grad=[weight.grad for weight in group["params"]],  # the next iteration makes new ones
-            momentum=len(optimizer.state),
-            lr=group["lr"],
-            decay=(group["momentum"], group["weight_decay"]),
-        )
-        return real_step(optimizer)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for new in (Network, pgd, augment, kl):
-            patch.setattr(module, new.__name__, new)
-        patch.setattr(module, "accuracies", lambda *_: [0.5, 1 / len(steps)])  # worse and worse
-        patch.setattr(torch.optim.SGD, "step", step)
-        run(root, number, *words, "--restart")
-    return steps
-
-
+# ---- Chapters 2 and 3: the losses against their formulas, and a run's course ---------------------
 def textbook_kl(target, logits):
     """KL(target || softmax(logits)), mean over images; target holds probabilities."""
     return (target * (target.log() - logits.log_softmax(1))).sum() / len(target)
 
 
-@pytest.mark.parametrize("number", [2, 3])
-def test_an_iteration_is_the_textbooks(folder, number):
-    """Recorded from a real run: start, attack and gradient of TRADES, of RSLAD (equation 2)."""
-    trades = number == 2
-    words = [] if trades else ["--alpha", 0.7, "--sharpen", 2, "--sampling", "random"]
-    steps = recorded(folder, number, *words)
-    net, trained = read(folder / "run", "01_dynamic_net", "02_teacher")
-    teacher = textbook(
-        net, trained["weights"], c3.student_at(net, -1)
-    )  # with the batch's statistics, too
-    for step in (steps[0], steps[7]):
-        shared = {key: weight.requires_grad_() for key, weight in step["shared"].items()}
-        x, x_adv, student = step["x"], step["x_adv"], textbook(net, shared, step["student"])
-        bright = x.amax((1, 2, 3))  # the classes are bright, dark and middling
-        y = torch.where(bright > 0.7, 0, torch.where(bright < 0.3, 1, 2))
-        target = student(x).softmax(1) if trades else (2 * teacher(x)).softmax(1)
-        whole, part = step["attacked"]  # TRADES' attack has each batch's statistics, RSLAD's x's
-        assert (whole - student(x)).norm() < 0.02 * whole.norm()
-        assert torch.allclose(part, whole[:9], atol=1e-4) != trades
-        assert 0.0008 < step["start"].std() < 0.0012 and step["attack"] == (8 / 255, 4 / 255, 3)
-        assert (x_adv - x).abs().max() <= 8 / 255 + 1e-6 and x_adv.min() >= 0
-        robust, before = (textbook_kl(target, student(at)) for at in (x_adv, x + step["start"]))
-        assert robust > before  # it is this KL that the attack has climbed
-        loss = 0.3 * textbook_kl(target, student(x)) + 0.7 * robust
-        if trades:
-            loss = 6 * robust - target[range(len(y)), y].log().mean()
-        expected = torch.autograd.grad(loss, [*shared.values()], allow_unused=True)
-        limit = 0.01 if trades else 0.005  # a teacher with other statistics: 0.014
-        for ours, theirs in zip(step["grad"], expected):
-            assert (ours is None) == (theirs is None)  # layers that a student lacks keep still
-            assert ours is None or (ours - theirs).norm() <= limit * theirs.norm() + 1e-5
-        assert step["decay"] == (0.9, 2e-4)
-    if trades:  # warm-up and cosine
-        shares = np.arange(1, 16) / 15
-        expected = 0.15 * np.minimum(5 * shares, (1 + np.cos(math.pi * shares)) / 2)
-        assert np.allclose([step["lr"] for step in steps], expected)
-        for name, weight in steps[5]["shared"].items():  # the best was the first epoch
-            assert torch.equal(weight, trained["weights"][name])
+@pytest.mark.parametrize("chapter", [c2, c3], ids=["trades", "rslad"])
+def test_a_loss_is_the_textbooks(chapter, monkeypatch):
+    """TRADES, and RSLAD (equation 2): the loss, its gradients, and what the attack climbs."""
+    net, shared, seen = TINY[0], weights_of(TINY[0]), {}
+    student, x = students_of(net, 1)[-1], torch.rand(12, 3, 32, 32).double()
+    y, attack = torch.randint(10, (12,)), (8 / 255, 4 / 255, 3)
+
+    def pgd(loss, x, noise, *attack, real=chapter.pgd):
+        seen.update(loss=loss, noise=noise, attack=attack, x_adv=real(loss, x, noise, *attack))
+        return seen["x_adv"]
+
+    monkeypatch.setattr(chapter, "pgd", pgd)
+    network, theirs = chapter.Network(net, shared, student), textbook(net, shared, student)
+    if chapter is c2:
+        loss, parts = c2.trades_loss(network, x, y, 6, attack)
+        target = theirs(x).softmax(1)
+    else:
+        other = weights_of(net)  # the largest student of others, with the batch's statistics
+        other = {name: weight.detach() * 1.1 for name, weight in other.items()}
+        largest = net["students"]["largest"]
+        loss, parts = c3.rslad_loss(network, c3.Network(net, other, largest), x, 0.7, attack)
+        target = textbook(net, other, largest)(x).softmax(1)
+    x_adv, noise = seen["x_adv"], seen["noise"]
+    assert 0.0008 < noise.std() < 0.0012 and seen["attack"] == attack
+    assert (x_adv - x).abs().max() <= 8 / 255 + 1e-6 and 0 <= x_adv.min() <= x_adv.max() <= 1
+    robust, before = (textbook_kl(target, theirs(at)) for at in (x_adv, x + noise))
+    assert robust > before
+    expected = 0.3 * textbook_kl(target, theirs(x)) + 0.7 * robust
+    if chapter is c2:
+        expected = 6 * robust - target[range(12), y].log().mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert [*parts.values()][1].item() == pytest.approx(robust.item(), rel=1e-4)
+    for ours, right in zip(
+        *(torch.autograd.grad(e, [*shared.values()], allow_unused=True) for e in (loss, expected))
+    ):
+        assert (ours is None) == (right is None)  # layers that a student lacks keep still
+        assert ours is None or torch.allclose(ours, right, rtol=1e-3, atol=1e-6)
+    # TRADES is attacked with the statistics of each x', RSLAD's student with those of x.
+    attacked = chapter.Network(net, shared, student)
+    attacked(x)
+    attacked = attacked if chapter is c2 else chapter.fold_norms(attacked)
+    climbed = textbook_kl(target, attacked(x_adv).double())
+    assert seen["loss"](x_adv).item() == pytest.approx(climbed.item(), rel=1e-4)
+    assert chapter is c2 or abs(climbed - robust) > 1e-4 * robust
+
+
+def test_the_largest_student_begins_as_the_teacher():
+    """Both have the batch's statistics: only the method moves it."""
+    net, shared, x = TINY[1], weights_of(TINY[1]), torch.rand(12, 3, 32, 32).double()
+    teacher, network = (c3.Network(net, shared, net["students"]["largest"]) for _ in range(2))
+    assert c3.rslad_loss(network, teacher, x, 0.7, (0.03, 0.01, 1))[1]["natural_kl"] < 1e-6
+
+
+def course(root, monkeypatch, number, *words):
+    """Run a chapter with a loss that is soon computed; what each of its steps saw."""
+    module, steps, step = CHAPTERS[number - 1], [], torch.optim.SGD.step
+    name = "trades_loss" if number == 2 else "rslad_loss"
+
+    def loss(network, *_):
+        copies = {key: weight.detach().clone() for key, weight in network.shared.items()}
+        steps.append({"student": network.student, "shared": copies})
+        small = 1e-3 * network(torch.rand(9, 3, 32, 32)).square().mean()
+        return small, {"kl": torch.zeros(())}
+
+    def record(optimizer):
+        group = optimizer.param_groups[0]
+        decay = group["momentum"], group["weight_decay"]
+        steps[-1].update(lr=group["lr"], momentum=len(optimizer.state), decay=decay)
+        return step(optimizer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, loss)
+        patch.setattr(module, "judge", lambda *_: (0.5, 1 / len(steps)))  # worse and worse
+        patch.setattr(torch.optim.SGD, "step", record)
+        run(root, number, *words)
+    assert all(step["decay"] == (0.9, 2e-4) for step in steps)
+    return steps
+
+
+def test_the_course_of_trades(folder, monkeypatch):
+    """Warm-up and cosine; the epoch that is kept is the best one, here the first."""
+    delete(folder, "02*")
+    steps, shares = course(folder, monkeypatch, 2), np.arange(1, 16) / 15
+    expected = 0.15 * np.minimum(5 * shares, (1 + np.cos(math.pi * shares)) / 2)
+    assert np.allclose([step["lr"] for step in steps], expected)
+    net, teacher = read(folder / "run", "01_dynamic_net", "02_teacher")
+    for name, weight in teacher["weights"].items():
+        assert torch.equal(weight, steps[5]["shared"][name])
+        assert torch.equal(net["weights"][name], steps[0]["shared"][name])
+    assert all(step["student"] == net["net"]["students"]["largest"] for step in steps)
 
 
 @pytest.mark.parametrize(
-    "sampling, start",
-    [("progressive", "02_teacher"), ("random", "02_teacher"), ("random", "01_dynamic_net")],
+    "words", ["--sampling progressive", "--sampling random", "--student usual"]
 )
-def test_the_start_and_what_varies_and_the_learning_rate_in_each_step(folder, sampling, start):
-    """Figure 4 from a real run: 3 steps x 2 epochs x 5 iterations."""
-    words = ["--start", "random"] if start == "01_dynamic_net" else []
-    steps = recorded(folder, 3, "--steps", 1, "--sampling", sampling, *words)
-    net, first = read(folder / "run", "01_dynamic_net", start)
-    if sampling == "random":  # channels are sorted before expansions vary
+def test_the_course_of_distillation(folder, monkeypatch, words):
+    """Figure 4: 3 phases of 2 epochs of 5 iterations; one student: 1 phase of 6 epochs."""
+    name = words.split()[1]
+    delete(folder, "03*")
+    steps = course(folder, monkeypatch, 3, *words.split())
+    net = read(folder / "run", "01_dynamic_net")[0]["net"]
+    start = "01_dynamic_net" if name == "usual" else "02_teacher"
+    (first,) = read(folder / "run", start)
+    if name == "random":  # channels are sorted before expansions vary
         c3.sort_channels(net, first["weights"])
     assert all(torch.equal(w, first["weights"][key]) for key, w in steps[0]["shared"].items())
+    length = 30 if name == "usual" else 10
+    for i, step in enumerate(steps):  # warm-up and cosine, in each phase anew
+        share = (i % length + 1) / length
+        lr = 0.36 * min(share / 0.1, (1 + math.cos(math.pi * share)) / 2)
+        assert abs(step["lr"] - lr) < 1e-9 and (step["momentum"] == 0) == (i % length == 0)
     varied, every = [], {"width", "depth", "expand"}
-    expected = {"progressive": [{"width"}, {"width", "depth"}, every], "random": [every] * 3}
-    assert len(steps) == 30 and len({step["student"] for step in steps[-10:]}) > 5  # each its own
     for part in (steps[:10], steps[10:20], steps[20:]):
-        pairs = [pair for step in part for pair in zip(net["genes"].items(), step["student"])]
-        varied.append(
-            {
-                gene.split("_")[0]
-                for (gene, choices), value in pairs
-                if value != choices[-1] and (value or gene.startswith("depth"))
-            }
-        )
-    assert varied == expected[sampling]
-    for i, step in enumerate(steps):  # warm-up and cosine, in each step anew
-        share = (i % 10 + 1) / 10
-        assert abs(step["lr"] - 0.36 * min(share / 0.1, (1 + math.cos(math.pi * share)) / 2)) < 1e-9
-        assert (step["momentum"] == 0) == (i % 10 == 0)
-    logged = [float(row["lr"]) for row in rows_of(folder / f"run/03_{sampling}_log.csv")]
+        pairs = [pair for step in part for pair in step["student"].items()]
+        below = {gene for gene, value in pairs if value and value != net["genes"][gene][-1]}
+        below |= {gene for gene, value in pairs if gene.startswith("depth") and not value}
+        varied.append({gene.split("_")[0] for gene in below})
+    if name == "usual":
+        assert all(step["student"] == net["students"]["usual"] for step in steps)
+    else:
+        steps_of = {"progressive": [{"width"}, {"width", "depth"}, every], "random": [every] * 3}
+        assert varied == steps_of[name]
+        assert len({tuple(step["student"].values()) for step in steps[-10:]}) > 5  # each its own
+    if name == "progressive":  # sorted once, between the second and the third phase
+        for before, after in ((9, 10), (19, 20)):
+            moved = steps[before]["shared"]["1_1_last"] - steps[after]["shared"]["1_1_last"]
+            assert (moved.abs().max() > 0.2) == (after == 20)
+        importance = steps[20]["shared"]["1_1_last"].abs().sum((0, 2, 3))
+        assert (importance.diff() <= 0).all()
+    logged = [float(row["lr"]) for row in rows_of(folder / f"run/03_{name}_log.csv")]
     assert logged == [step["lr"] for step in steps[4::5]]
-
-
-def test_phases_are_of_one_length(folder, monkeypatch):
-    monkeypatch.setitem(c3.VARIES, "two", [("width",), c3.KINDS])  # a reader's
-    said = run(folder, 3, "--sampling", "two", "--epochs", 1, code=2)
-    assert "3 epochs cannot be divided into 2 phases" in said
-
-
-def test_the_largest_student_begins_as_the_teacher(folder):
-    """Both have the batch's statistics: nothing else than the method moves it."""
-    alone = "--sampling fixed --student largest --start teacher --epochs 1 --steps 1".split()
-    assert recorded(folder, 3, *alone)[0]["kl"] < 1e-4
-
-
-def test_sharpening_is_the_likeliest_factor():
-    torch.manual_seed(SEED)
-    images, matrix = torch.randint(256, (5000, 3, 32, 32)).byte(), torch.randn(3072, 4) / 20
-    network = lambda x: x.flatten(1) @ matrix
-    labels = (2.5 * network(images / 255)).softmax(1).multinomial(1)[:, 0]
-    assert abs(c2.sharpening(network, images, labels) - 2.5) < 0.3
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 def test_the_attack_as_a_cuda_graph_changes_no_loss(folder):
-    plain = f"c3 = __import__({NAMES[2]!r}); c3.as_graph = lambda step, _: step; c3.run_chapter()"
+    plain = f"c3 = __import__({NAMES[2]!r}); c3.Replayed = lambda function: function; c3.main()"
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": GPUS or "0", "PYTHONPATH": str(HERE)}
-    script, *flags = command(3, "--epochs", 1, "--restart")
+    script, *flags = command(3, "--epochs", 1)
     losses = []
     for code in ([script], ["-c", plain]):
+        delete(folder, "03*")
         words = [sys.executable, *code, *flags]
         printed = subprocess.check_output(words, cwd=folder, env=environment, text=True)
         assert "on cuda in" in printed
@@ -607,47 +576,43 @@ def test_the_attack_as_a_cuda_graph_changes_no_loss(folder):
 # ---- Chapter 4: the predictor --------------------------------------------------------------------
 @both
 def test_the_predictor_recovers_an_additive_function(net):
-    args = SimpleNamespace(seed=SEED, epochs=20, students=300)
-    students = c4.distinct_students(net, args)
-    features, genes = c4.one_hot(net, students), net["genes"].values()
+    students = c4.distinct_students(net, 300, SEED)
+    assert students[:9] == c4.distinct_students(net, 9, SEED)  # more students add to the others
+    features = c4.one_hot(net, students)
     for student, row in zip(students[:50], features.tolist()):  # nothing for a gene that is off
-        pairs = [(gene, choice) for gene, choices in zip(student, genes) for choice in choices]
+        pairs = [
+            (student[gene], choice) for gene, choices in net["genes"].items() for choice in choices
+        ]
         assert row == [float(gene == choice) for gene, choice in pairs]
     torch.manual_seed(SEED)
     labels = features @ (torch.randn(features.shape[1], 2) / 50) + 0.5
-    predictor = c4.train_predictor(args, net, students[:250], labels[:250])
+    predictor = c4.train_predictor(net, students[:250], labels[:250], 20, SEED)
     error = c4.predict_accuracy(predictor, net, students[250:]) - labels[250:]
-    assert len({*students}) == 300 and (error.square().mean(0).sqrt() < labels.std(0) / 4).all()
+    assert len({tuple(s.values()) for s in students}) == 300
+    assert (error.square().mean(0).sqrt() < labels.std(0) / 4).all()
+    report = c4.compare(net, students, labels, labels[250:])
+    assert all(row["linear"] < 1e-3 and row["RMSE"] == 0 for row in report)
 
 
 def test_the_report_is_of_all_pairs():
-    rng = np.random.default_rng(SEED)
-    measured, predicted = rng.integers(0, 8, (30, 2)) / 8, rng.integers(0, 12, (30, 2)) / 12  # ties
-    moved = rng.permuted([[-0.02] * 2, [0.02] * 2] * 15, axis=0)  # half of the gap between halves
-    halves = measured + moved + 0.3  # and what moves all students alike
-    rows = c4.compare(*map(torch.tensor, (measured, halves, predicted)))
-    for row, a, b in zip(rows, measured.T, predicted.T):
+    rng, net = np.random.default_rng(SEED), TINY[0]
+    students = c4.distinct_students(net, 40, SEED)
+    labels, predicted = rng.integers(0, 8, (40, 2)) / 8, rng.integers(0, 12, (30, 2)) / 12  # ties
+    rows = c4.compare(net, students, *map(torch.tensor, (labels, predicted)))
+    for row, a, b, mean in zip(rows, labels[10:].T, predicted.T, labels[:10].mean(0)):
         pairs = np.array([np.sign([a[i] - a[j], b[i] - b[j]]) for i in range(30) for j in range(i)])
         assert abs(row["tau"] - pairs.prod(1).sum() / np.abs(pairs).sum(0).prod() ** 0.5) < 1e-6
         assert abs(row["RMSE"] - ((a - b) ** 2).mean() ** 0.5) < 1e-9
-        assert abs(row["moves by"] - 0.04 / 2**0.5 * (30 / 29) ** 0.5) < 1e-9
+        assert abs(row["of the mean"] - ((a - mean) ** 2).mean() ** 0.5) < 1e-9
 
 
-@pytest.mark.parametrize("right, columns", [(range(140), 8), ([120, 130], 2), ([], 1)])
-def test_pictures_are_of_images_that_are_right(monkeypatch, right, columns):
-    images, labels = torch.zeros(150, 3, 32, 32).byte(), torch.ones(150, dtype=int)
-    images[[*right]] = 255
-    network = lambda x: torch.stack([1 - x.mean((1, 2, 3)), x.mean((1, 2, 3))], 1)
-    monkeypatch.setattr(c4, "calibrated", lambda network, images: network)
-    args = SimpleNamespace(attack=(8 / 255, 8 / 255, 1))
-    data = {"calibration": images, "held_out": images, "held_out_labels": labels}
-    grid = np.asarray(Image.open(io.BytesIO(c4.pictures(args, network, data))))
-    assert grid.shape == (332, 2 + 110 * columns, 3)
-    frames = grid[4, 4::110]
-    assert (frames == ([0, 153, 0] if right else [255, 0, 0])).all()
+def test_progress_says_what_is_left(monkeypatch, capsys):
+    monkeypatch.setattr(c4.time, "monotonic", itertools.count(0, 5).__next__)  # 5 s a look
+    assert [*c4.counted("epoch 1:", range(9), rounds=3)] == [*range(9)]
+    assert capsys.readouterr().out.startswith("  epoch 1: 2/9, 4.2 minutes left\n")
 
 
-# ---- Chapter 5: NSGA-II, and the figures ---------------------------------------------------------
+# ---- Chapter 5: NSGA-II --------------------------------------------------------------------------
 def test_sorting_and_crowding_agree_with_brute_force():
     rng = np.random.default_rng(SEED)
     for _ in range(20):
@@ -671,15 +636,15 @@ def test_sorting_and_crowding_agree_with_brute_force():
 
 def test_a_child_has_genes_of_both_parents_or_new_ones():
     net, rng = TINY[1], random.Random(SEED)
-    parents, place = [c5.student_at(net, i) for i in (0, -1)], [*net["genes"]].index("expand_1_1")
+    parents = net["students"]["smallest"], net["students"]["largest"]
     for mutation, expected in ((0, {2, 4}), (1, {2, 3, 4})):
         children = [c5.breed(net, *parents, mutation, rng) for _ in range(100)]
-        assert {child[place] for child in children} == expected
+        assert {child["expand_1_1"] for child in children} == expected
 
 
 def test_nsga2_reaches_the_true_front_and_keeps_the_budget(monkeypatch):
     net, rng = TINY[1], np.random.default_rng(SEED)  # 1,764 students: all can be looked at
-    everyone = sorted({c5.canonical(net, s) for s in itertools.product(*net["genes"].values())})
+    everyone = sorted(everyone_of(net), key=lambda student: [*student.values()])
     effect = rng.normal(size=(c5.one_hot(net, everyone).shape[1], 2))
     effect[:, 1] -= 2 * effect[:, 0]  # what is good for one objective is mostly bad for the other
 
@@ -688,82 +653,71 @@ def test_nsga2_reaches_the_true_front_and_keeps_the_budget(monkeypatch):
         return c5.one_hot(net, students).numpy() @ effect, (macs - 1.1).clip(0)
 
     def front(students, *scores):
-        return {students[i] for i in np.flatnonzero(~c5.dominance(*scores).any(0))}
+        best = np.flatnonzero(~c5.dominance(*scores).any(0))
+        return {tuple(students[i].values()) for i in best}
 
     mothers, breed = [], c5.breed
     monkeypatch.setattr(
         c5, "breed", lambda net, mother, *rest: mothers.append(mother) or breed(net, mother, *rest)
     )
     first, last = c5.nsga2(net, evaluate, 60, 150, 0.1, SEED)
-    assert front(*last) == front(everyone, *evaluate(everyone)) and len({*last[0]}) == 60
+    assert front(*last) == front(everyone, *evaluate(everyone))
+    assert len({tuple(student.values()) for student in last[0]}) == 60
     assert np.mean([first[0].index(mother) for mother in mothers[:60]]) < 25  # the better of two
 
 
 def test_the_search_begins_with_students_of_its_own(finished):
-    (net,), run = read(finished / "run", "01_dynamic_net"), finished / "run"
-    students = lambda rows: {tuple(row[gene] for gene in net["genes"]) for row in rows}
-    first = [row for row in rows_of(run / "05_population.csv") if row["generation"] == "first"]
-    known = students(rows_of(run / "04_students.csv"))
-    assert len(known & students(first)) < 4  # else they would be predicted too well
+    predictor, search = read(finished / "run", "04_predictor", "05_search")
+    genes = lambda rows: {tuple(row[gene] for gene in predictor["net"]["genes"]) for row in rows}
+    first = [row for row in search["rows"]["population"] if row["generation"] == "first"]
+    assert len(genes(predictor["rows"]["students"]) & genes(first)) < 4  # else predicted too well
 
 
-# ---- Baselines and table 1 -----------------------------------------------------------------------
+# ---- Baselines, table 1 and the figures ----------------------------------------------------------
 def test_baselines_make_table_1_and_the_costs(folder):
-    """TRADES and RSLAD of one student, by our teacher and by an exported one; three budgets."""
-    out, fixed = folder / "run", ["--sampling", "fixed", "--student"]
-    least = run(folder, 5, "--max-macs", 0.1, code=2).split()[5]  # where budgets begin, it says
-    run(folder, 5, "--max-macs", least, 2.3, 2.3000001, "--restart")
-    rows = [row for row in rows_of(out / "05_population.csv") if row["generation"] == "first"]
-    fit = [row for row in rows if float(row["macs"]) <= 1e6 * float(row["max_macs"])]
-    drawn = (out / "05_population.svg").read_text().count(f'r="3" fill="{c5.COLOURS[0]}"')
-    assert drawn == len(fit) + 3 < len(rows)  # a dot in each legend
-    exported = {path.stem for path in out.glob("student*")}
-    assert exported == {f"student_{budget}M" for budget in (least, 2.3, 2.3000001)}
-    assert {row["eps"] for row in rows_of(out / "table1.csv")} == {"6.0"}  # the predictor's
+    """TRADES and RSLAD of one student; a second budget; figures from .pt files only."""
+    out = folder / "run"
+    least = run(folder, 5, "--max-macs", 0.1, fails=True).split("student's are ")[1].split(",")[0]
+    run(folder, 5, "--max-macs", float(least) + 0.001)
     run(folder, 2, "--epochs", 1, "--student", "usual")
-    run(folder, 3, *fixed, "usual")
-    (out / "02_usual.pt2").rename(out / "a, b.pt2")
-    (out / "02_teacher.pt").rename(folder / "ours")
-    other = "--teacher", "run/a, b.pt2", "--epochs", 1, "--batch-size", 200  # one batch an epoch
-    run(folder, 3, *fixed, "best_2.3M", *other)  # needs no teacher of ours
-    (folder / "ours").rename(out / "02_teacher.pt")
+    for words in ([3], [3, "--epochs", 2]):
+        run(folder, *words, "--student", "usual")
     run(folder, 2, "--judge", "--eps", 4)
-    rows = {row["file"]: row for row in rows_of(out / "table1.csv")}
-    net, search, alone = read(out, "01_dynamic_net", "05_search", "03_fixed_usual_by_teacher")
+    rows = {(row["file"], row["student"]): row for row in rows_of(out / "table1.csv")}
+    net = read(out, "01_dynamic_net")[0]["net"]
+    budget = f"05_search_{float(least) + 0.001:g}M"
+    largest, usual = net["students"]["largest"], net["students"]["usual"]
     students = {
-        "02_teacher": c1.student_at(net, -1),
-        "02_usual": c1.usual(net),
-        "03_fixed_best_2.3M_by_a, b": search["students"]["best_2.3M"],
-        "03_fixed_usual_by_teacher": c1.usual(net),
+        ("02_teacher", "largest"): largest,
+        ("02_usual", "usual"): usual,
+        ("03_progressive", "largest"): largest,
+        ("03_progressive", "usual"): usual,
+        ("03_usual", "usual"): usual,
+        ("05_search", "best"): read(out, "05_search")[0]["students"]["best"],
+        (budget, "best"): net["students"]["smallest"],
     }
-    assert [*rows] == [*students, "03_progressive"]
-    for file, student in students.items():
-        assert (int(rows[file]["params"]), int(rows[file]["macs"])) == c5.cost(net, student)
-    network = c3.Network(net, alone["weights"], c1.usual(net))
-    network(torch.rand(2, 3, 32, 32))
-    for name, weight in net["weights"].items():  # from random weights on, inside the student alone
-        assert torch.equal(alone["weights"][name], weight) == (name not in network.slices)
-    log = out / "02_teacher_log.csv"
-    log.write_text(log.read_text().replace("\n2,", "\n2,inf,"))  # what can be drawn is drawn
-    printed = run(folder, 5, "--figures")
-    assert "50 devices: " in printed and "02_teacher_log.svg" in printed
-    without = "figure 8 is without 03_fixed_best_2.3M_by_a, b: not 03_progressive's teacher, epochs"
-    assert without in printed
-    seconds = [float(row["seconds"]) for row in rows_of(out / "03_fixed_usual_by_teacher_log.csv")]
+    assert [*rows] == [*students] and {row["eps"] for row in rows.values()} == {"4.0"}
+    for name, student in students.items():
+        assert (int(rows[name]["params"]), int(rows[name]["macs"])) == c5.cost(net, student)
+    assert {path.name[7:] for path in out.glob("student*")} == {".pt2", f"{budget[9:]}.pt2"}
+    alone, chain = read(out, "03_usual", "03_progressive")
+    for table in out.glob("*.csv"):  # tables are for people
+        table.write_text("cut,by\n")
+    assert "50 devices: " in run(folder, 5, "--figures")
+    seconds = [row["seconds"] for row in alone["rows"]]
     hours = float(rows_of(out / "05_cost.csv")[9]["retraining"])
-    assert hours == pytest.approx(10 * sum(seconds) / 3600)
-    assert "table 1: eps 4.0/255, the predictor: 6.0/255" in printed
-    assert "on test images, eps 4.0/255" in (out / "05_population.svg").read_text()
-    (students,) = read(out, "04_students")
-    students |= {"file": "04_students_random.pt", "settings": students["settings"] | {"eps": 16.0}}
-    torch.save(students, out / "04_students_random.pt")
-    shutil.copy(out / "04_students.csv", out / "04_students_random.csv")
-    assert "no figure of random sampling: measured with {'eps': 16.0" in run(folder, 5, "--figures")
-    assert "random" not in (out / "04_students.svg").read_text()
-    for name in ("03_fixed_usual_by_teacher", "04_predictor"):  # of what is not there nothing
-        (out / f"{name}.pt").unlink()
-    printed = run(folder, 5, "--figures")
-    assert not any(part in printed for part in ("50 devices", "by_teacher_log", "04_widths"))
+    assert hours == pytest.approx(10 * np.median(seconds) * len(seconds) / 3600)
+    drawn = {path.stem for path in out.glob("*.svg")}
+    logs = {f"{name}_log" for name in ("02_teacher", "02_usual", "03_progressive", "03_usual")}
+    others = {"04_students", "04_widths", "04_predictions", "05_population", "05_cost"}
+    assert drawn == logs | others | {budget.replace("search", "population")}
+    population = read(out, budget)[0]["rows"]["population"]
+    fit = [row for row in population if row["macs"] <= 1e6 * float(least) + 1e3]
+    dots = (out / f"{budget.replace('search', 'population')}.svg").read_text().count("<circle")
+    assert dots == len(fit) + 1 < len(population)
+    delete(folder, "03_usual*")
+    run(folder, 3, "--student", "usual", "--epochs", 1)
+    assert "leaves out 03_usual, whose flags are not" in run(folder, 5, "--figures")
 
 
 # ---- Stops: killed at any moment, the same command ends with the same files ----------------------
@@ -775,7 +729,7 @@ def test_stopped_at_any_moment(finished, tmp_path, monkeypatch):
     for number, chapter in enumerate(CHAPTERS, 1):
 
         def save(path, *content, real=chapter.save, **more):
-            if path.suffix == ".state" or path.name == "04_students.pt":
+            if path.suffix == ".state":
                 signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.01, 0.5))
             return real(path, *content, **more)
 
@@ -787,364 +741,220 @@ def test_stopped_at_any_moment(finished, tmp_path, monkeypatch):
             stops += 1
         signal.setitimer(signal.ITIMER_REAL, 0)
         monkeypatch.undo()
-        printed = run(tmp_path, number)
-        assert "continuing" in printed or "earlier" in printed or number not in (2, 3)
+        run(tmp_path, number)
     assert stops > 2 and contents(finished / "run") == contents(tmp_path / "run")
 
 
-@pytest.mark.parametrize("number, last", [(4, 12), (5, 20)])
-def test_nothing_is_lost_where_a_table_could_not_be_written(folder, monkeypatch, number, last):
-    before, write_csv = contents(folder / "run"), c4.write_csv
-    full = lambda path, rows: c4.fail("full") if len(rows) == last else write_csv(path, rows)
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_killed_at_the_last_rename(folder, monkeypatch, number, moment):
+    """Before the finished file is written, and before the state is deleted."""
+    delete(folder, "0[23]*.svg")
+    before = contents(folder / "run")
+    delete(folder, "02_*", "03_*") if number == 2 else delete(folder, "03_*")
+    real = CHAPTERS[number - 1].save
+
+    def save(path, *content, **more):
+        if path.suffix == ".state" or moment == "after":
+            real(path, *content, **more)
+        if path.suffix == ".pt":
+            raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(CHAPTERS[number - 1], "write_csv", full)
-        run(folder, number, "--restart", code=2)
-    run(folder, number)
-    assert before == contents(folder / "run")
+        patch.setattr(CHAPTERS[number - 1], "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, number)
+    assert list((folder / "run").glob("*ive.state" if number == 3 else "*her.state"))
+    assert "after epoch" in run(folder, number) or moment == "after"
+    run(folder, 3)
+    assert contents(folder / "run") == before
 
 
 def test_what_is_missing_is_made_the_same(folder):
     before = contents(folder / "run")
-    (folder / "run/01_images.pt").unlink()
-    (folder / "run/04_students.svg").unlink()
-    assert "is another run's, of other settings" in run(folder, 2, "--net", "mbv3", code=2)
-    assert "01_images.pt is missing: running 01" in run(folder, 2)
-    assert "is another run's" in run(folder, 1, "--net", "mbv3", "--restart", code=2)
-    assert "earlier" in run(folder, 5)
+    delete(folder, "01_images.pt", "04_students.svg", "student.pt2", "table1.csv")
+    assert "01_images.pt is missing" in run(folder, 2)
+    run(folder, 5)
     assert before == contents(folder / "run")
+    delete(folder, "01*", "02*")  # not needed by what is there
+    assert "is missing" not in run(folder, 5)
 
 
-def test_students_are_not_lost_where_a_network_has_too_few(folder, monkeypatch):
-    before = contents(folder / "run")
-    monkeypatch.setattr(c4, "sample", lambda net, rng: c1.student_at(net, 0))
-    assert "does not hold so many" in run(folder, 4, "--restart", code=2)
-    assert before == contents(folder / "run")
+def test_more_students_add_to_the_measured_ones(folder, monkeypatch):
+    (before,) = read(folder / "run", "04_predictor")
+    delete(folder, "04_predictor.pt")
+    measured, judge = [], c4.measure
+    monkeypatch.setattr(c4, "measure", lambda *a: measured.append(1) or judge(*a))
+    run(folder, 4, "--students", 14)
+    (after,) = read(folder / "run", "04_predictor")
+    assert after["rows"]["students"][:12] == before["rows"]["students"] and len(measured) == 2 + 4
+    delete(folder, "04_predictor.pt")
+    monkeypatch.setattr(c4, "sample", lambda net, rng: net["students"]["smallest"])
+    assert "does not hold so many" in run(folder, 4, fails=True)
 
 
-def test_a_state_holds_log_and_best_epoch_and_is_written_whole_or_not(tmp_path, monkeypatch):
-    weights, state = {"w": torch.ones(2, requires_grad=True)}, tmp_path / "02_a.state"
-    sgd = torch.optim.SGD(weights.values(), momentum=0.9)
-    c2.save(state, {}, [], weights=weights, sgd=sgd.state_dict(), rows=[1], best={"robust": 2})
-    full = lambda path, content: path.open("wb").write(content[:99]) / 0  # of a disk
-    monkeypatch.setattr(Path, "write_bytes", full)
+def test_a_file_is_written_whole_or_not(tmp_path, monkeypatch):
+    path = tmp_path / "02_a.state"
+    c2.save(path, {"a": 1}, rows=[1])
+    full = lambda content, path: path.write_bytes(b"cut") and 1 / 0  # a disk
+    monkeypatch.setattr(
+        torch, "save", lambda c, p, real=torch.save: (full if isinstance(p, Path) else real)(c, p)
+    )
     with pytest.raises(ZeroDivisionError):
-        c2.save(state, {}, [])
-    assert c2.resume(state, {}, weights, sgd) == ([1], {"robust": 2})
+        c2.save(path, {"a": 1}, rows=[2])
+    assert c2.load(path, {"a": 1})["rows"] == [1]
 
 
 def test_a_chapter_that_is_stopped_takes_its_child_along(folder):
-    for path in (folder / "run").glob("0[2-5]*"):
-        path.unlink()
+    delete(folder, "0[2-5]*")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": folder}
     process = subprocess.Popen([sys.executable, *command(5)], **pipes)
     while "TRADES" not in process.stdout.readline():
         assert process.poll() is None
     process.terminate()
     error = process.communicate(timeout=20)[1]  # the pipe closes when the last of them has ended
-    assert process.returncode == 130 and "stopped" in error
-    assert not list((folder / "run").glob("02_*"))
-    process = subprocess.Popen([sys.executable, *command(1, "--restart")], **pipes)
-    process.stdout.close()  # as `| head` does
-    assert "Broken pipe" in process.stderr.read() and process.wait() == 2
+    assert process.returncode == 1 and error == "stopped: the same command resumes\n"
+    assert not list((folder / "run").glob("02_*.pt"))
 
 
-# ---- Nothing stale, nothing of the user's lost ---------------------------------------------------
-def test_what_is_stale_is_said_and_never_used(folder, quick_export):
-    run(folder, 2, "--student", "best", "--epochs", 1)
-    run(folder, 3, "--restart", "--epochs", 1)
-    stale = "04_predictor.pt is stale: 03_progressive.pt is another one by now: repeat 04_"
-    for words in ([], ["--restart"]):
-        assert stale in run(folder, 5, *words, code=2)
+# ---- Nothing meets what it does not belong to ----------------------------------------------------
+def test_a_predecessor_made_anew_is_noticed(folder):
+    delete(folder, "02_*")
+    run(folder, 2, "--epochs", 1)
+    stale = "run/03_progressive.pt: 02_teacher.pt was "
+    assert "03_progressive.pt: 02 epochs was 3, is 1" in run(folder, 3, fails=True)
+    assert stale in run(folder, 4, fails=True)
+    assert "04_predictor.pt: 02_teacher.pt was " in run(folder, 5, fails=True)  # further up
     judged = run(folder, 2, "--judge")
-    assert "05_search.pt is stale" in judged and "student.pt2" not in judged
-    names = [row["student"] for row in rows_of(folder / "run/table1.csv")]
-    assert names == ["best", "largest", "largest"]
-    drawn = run(folder, 5, "--figures")
-    assert "04_students.pt is stale" in drawn and "04_" not in drawn.split("wrote")[1]
-    run(folder, 4, "--restart")
-    assert "05_search.pt is stale: 0" in run(folder, 5, code=2)
-    assert "best" in run(folder, 5, "--restart", "--seed", 0)
-    assert rows_of(folder / "run/table1.csv")[-1]["student"] == "best"  # judged anew
-    run(folder, 2, "--restart", "--epochs", 1)
-    stale = "is stale: 02_teacher.pt is another one by now: repeat"
-    for number, file in {3: "03_progressive", 4: "03_progressive", 5: "04_predictor"}.items():
-        words = ["--epochs", 1] if number == 3 else []
-        assert f"{file}.pt {stale} 03_progressive" in run(folder, number, *words, code=2)
-    teacher, trained = read(folder / "run", "02_teacher", "03_progressive")
-    del trained["made_from"]["02_teacher.pt"]  # as from random weights, by another teacher
-    torch.save(trained, folder / "run/03_progressive.pt")
-    run(folder, 4, "--restart")  # but figure 6 has chapter 2's
-    torch.save(teacher | {"anew": True}, folder / "run/02_teacher.pt")
-    assert f"04_predictor.pt {stale} 04_predictor" in run(folder, 5, code=2)
+    assert f"left out: {stale}" in judged and "left out: run/05_search.pt: 02_teacher" in judged
+    assert [row["file"] for row in rows_of(folder / "run/table1.csv")] == ["02_teacher"]
+    assert f"left out: {stale}" in run(folder, 5, "--figures")
+    delete(folder, "0[3-5]*.pt")  # the state of the measured students is another network's, too
+    run(folder, 3)
+    assert "04_measured.state: 02 epochs was 3, is 1" in run(folder, 4, fails=True)
+    (folder / "run/04_measured.state").unlink()
+    run(folder, 4)
+    run(folder, 5)
+    assert rows_of(folder / "run/table1.csv")[-1]["file"] == "05_search"
 
 
-def test_a_name_that_means_another_student_by_now_is_passed_over(folder, quick_export):
-    run(folder, 2, "--student", "best", "--epochs", 1)
-    net, search = read(folder / "run", "01_dynamic_net", "05_search")
-    search["students"]["best"] = c1.student_at(net, -1)
-    torch.save(search, folder / "run/05_search.pt")
-    assert "02_best.pt is of another best" in run(folder, 2, "--judge")
-    assert "02_best" not in (folder / "run/table1.csv").read_text()
+def test_other_settings_are_refused_before_anything_is_written(folder):
+    """Of a file, of a state, and of what led to a file."""
+    shutil.copy(folder / "run/03_progressive.pt", folder / "run/03_usual.state")
+    before = contents(folder / "run")
+    words = "--student", "usual", "--epochs", 3
+    assert "03_usual.state: 03 epochs was 2, is 3" in run(folder, 3, *words, fails=True)
+    assert "04_predictor.pt: 04 eps was 6.0, is 7.0" in run(folder, 4, "--eps", 7, fails=True)
+    assert "01_images.pt: net was resnet50, is mbv3" in run(folder, 2, "--net", "mbv3", fails=True)
+    assert "04_predictor.pt: seed was 0, is 1" in run(folder, 5, "--seed", 1, fails=True)
+    shutil.copytree(folder / "shades", folder / "other/shades")
+    assert ": dataset was " in run(folder, 2, "--dataset", "other/shades", fails=True)
+    assert before == contents(folder / "run")
 
 
-def test_what_is_not_ours_is_passed_over_and_kept(folder, quick_export):
-    out = folder / "run"
-    copies = {
-        "student_phone.pt2": "student.pt2",
-        "02_teacher_backup.pt": "02_teacher.pt",
-        "03_notes.pt": "01_students.csv",
-        "05_search_copy.pt": "05_search.pt",
-    }
-    kept = [Path(shutil.copy(out / source, out / copy)) for copy, source in copies.items()]
-    whole = [path.read_bytes() for path in kept]
-    before = rows_of(out / "table1.csv")
-    judged = run(folder, 2, "--judge", "--eps", 6)
-    assert judged.count("passed over") == 3 and rows_of(out / "table1.csv") == before
-    net, search = read(out, "01_dynamic_net", "05_search")
-    named = SimpleNamespace(out=out, student="best")  # beside a search that is not ours
-    assert c2.named_student(named, net) == search["students"]["best"]
-    run(folder, 5, "--restart", "--max-macs", 0.5, 1)
-    (out / "student_1M.pt2").unlink()
-    run(folder, 5, "--max-macs", 0.5, 1)  # makes it again
-    names = {path.stem for path in out.glob("student*")}
-    assert names == {"student_phone", "student_0.5M", "student_1M"}
-    assert whole == [path.read_bytes() for path in kept]
-
-
-def test_a_failed_export_does_not_cost_the_training(folder, monkeypatch):
-    checkpoint, exported = folder / "run/02_teacher.pt", folder / "run/02_teacher.pt2"
-    with monkeypatch.context() as patch:
-        patch.setattr(c2, "export", lambda *_: c2.fail("no export"))
-        assert "no export" in run(folder, 2, "--restart", "--epochs", 1, code=2)
-    assert not checkpoint.exists() and not exported.exists()  # so no chapter goes on without both
-    checkpoint.write_bytes(b"cut off")
-    again = "epochs was 1, not 3: take that again, delete it, or another --out"
-    assert again in run(folder, 2, code=2)
-    assert "after epoch 1" in run(folder, 2, "--epochs", 1)
-    assert exported.exists() and read(folder / "run", "02_teacher")
-
-
-def test_two_runs_with_other_settings_do_not_overwrite_each_other(folder, monkeypatch):
-    usual, other = folder / "run/02_usual.pt", folder / "other"
+@pytest.mark.parametrize("same", [True, False])
+def test_two_jobs_at_once_do_not_overwrite_each_other(folder, monkeypatch, same):
+    """The other one ends while this one trains: it is kept, and used if its settings are these."""
+    other, usual = folder / "other", folder / "run/02_usual.pt"
     run(folder, 2, "--student", "usual", "--epochs", 1)
+    (folder / "run/02_usual_log.csv").unlink()
     usual.rename(other)
-    begun = lambda *_: shutil.copy(other, usual) and [0.5, 0.5]
-    monkeypatch.setattr(c2, "accuracies", begun)  # it ends while this one trains
-    assert "is another run's, of other" in run(folder, 2, "--student", "usual", code=2)
+    ends = lambda *_: (shutil.copy(other, usual), (0.5, 0.5))[1]
+    monkeypatch.setattr(c2, "judge", ends)
+    words = "--student", "usual", "--epochs", 1 if same else 2
+    said = run(folder, 2, *words, fails=not same)
+    assert same or "02_usual.pt: 02 epochs was 1, is 2" in said
     assert usual.read_bytes() == other.read_bytes()
+    monkeypatch.undo()
+    usual.unlink()  # and a job that finds the state of another one stops at its start
+    monkeypatch.setattr(c2, "trades_loss", lambda *_: 1 / 0)
+    if not same:
+        assert "02_usual.state: 02 epochs was 2" in run(folder, 2, *words[:3], 1, fails=True)
 
 
-@pytest.mark.parametrize("number", QUICK)
-def test_an_interrupt_stops_the_tests(tmp_path, monkeypatch, number):
-    monkeypatch.setattr(CHAPTERS[number - 1], "main", lambda: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, number)
+def test_other_images_are_noticed(folder):
+    dark = shutil.copytree(folder / "shades", folder / "own") / "train/dark"
+    words = "--dataset", "own", "--out", "new"
+    printed = run(folder, 1, *words)
+    labels = torch.load(folder / "new/01_images.pt")["data"]["train_labels"]
+    share = labels.bincount().max().item() / 162
+    assert f"/own: 162 train images, {share:.0%} of the largest class" in printed
+    assert "in this order: bright, dark, middling, grün" in printed
+    run(folder, 2, *words, "--epochs", 1)
+    shutil.copy(dark / "1.png", dark / "0.png")
+    (folder / "own").rename(folder / "moved")
+    assert "is finished" in run(folder, 2, *words, "--epochs", 1)  # which needs them no more
+    (folder / "moved").rename(folder / "own")
+    (folder / "new/01_images.pt").unlink()
+    changed = "01_dynamic_net.pt: 01_images.pt was "
+    assert changed in run(folder, 1, *words, fails=True)
+    assert changed.replace("01_dynamic_net", "02_teacher") in run(folder, 3, *words, fails=True)
 
 
-@pytest.mark.parametrize("stdout", [None, io.StringIO()])  # closed, and a notebook's
-def test_any_stdout(finished, monkeypatch, stdout):
-    monkeypatch.chdir(finished)
-    monkeypatch.setattr(sys, "argv", command(1))
-    monkeypatch.setattr(sys, "stdout", stdout)
-    c1.run_chapter()
-    assert stdout is None or "earlier" in stdout.getvalue()
-
-
-@pytest.mark.parametrize(
-    "error, says",
-    [
-        (OSError(28, "No space left on device"), "data could not be read or written: No space"),
-        (OSError("no host"), "could not be downloaded (OSError): put cifar-10-python.tar.gz into"),
-        (ConnectionResetError(104, "Connection reset"), "could not be downloaded (ConnectionRes"),
-    ],
-)
-def test_what_fails_is_named(folder, monkeypatch, error, says):
-    fail = lambda *_, **__: (_ for _ in ()).throw(error)
-    monkeypatch.setattr("torchvision.datasets.CIFAR10.__init__", fail)
-    assert says in run(folder, 1, "--dataset", "cifar10", "--out", "new", code=2)
-    if error.errno == 28:
-        monkeypatch.setattr(Path, "write_bytes", fail)
-        says = "run/01_images.pt could not be read or written: No space left on device"
-        assert says in run(folder, 1, "--restart", code=2)
-
-
-def test_a_killed_chapter_and_a_teacher_with_other_answers_are_named(monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda command: SimpleNamespace(returncode=-9))
-    with pytest.raises(SystemExit, match="a.py was killed by signal 9"):
-        c5.run_other(SimpleNamespace(given=[]), "a.py")
-    program = SimpleNamespace(module=nn.Identity)  # answers (B, classes, 1, 1), not (B, classes)
-    monkeypatch.setattr(torch.export, "load", lambda path: program)
-    with pytest.raises(SystemExit, match="not the logits"):
-        c3.exported_network("wrn.pt2", torch.rand(4, 3, 1, 1), 3)
-
-
-# ---- Bad input: one line, exit code 2, nothing lost ----------------------------------------------
-class Code:
-    """Unpickled the usual way, this would write a file."""
-
-    def __reduce__(self):
-        return open, ("hacked", "w")
-
-
-def garble(path):
-    content = bytearray(path.read_bytes())
-    part = slice(len(content) // 4, len(content) // 2)
-    content[part] = content[part][::-1]
-    path.write_bytes(content)
-
-
-SPOIL = [
-    lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),  # cut
-    garble,
-    lambda path: torch.save({"settings": Code()}, path),
-    lambda path: shutil.copy(path.with_name("01_students.csv"), path),  # foreign
-    lambda path: shutil.copy(min({*path.parent.glob("*.pt")} - {path}), path),  # another of ours
-]
-READS = """
-1 01_dynamic_net.pt
-2 01_images.pt
-2 02_teacher.pt
-3 02_teacher.pt
-3 03_progressive.pt
-4 04_students.pt
-4 03_progressive.pt
-5 04_predictor.pt
-5 05_search.pt
-"""
-
-
-@pytest.mark.parametrize("line", READS.split("\n")[1:-1])
-def test_bad_files(folder, line):
-    number, file = int(line[0]), line[2:]
-    out = folder / "run"
-    if file == "04_students.pt":
-        (out / "04_predictor.pt").unlink()  # else it is not read
-    good = (out / file).read_bytes()
-    for spoil in SPOIL:
-        spoil(out / file)
-        before = {path: path.read_bytes() for path in out.iterdir()}
-        assert file in run(folder, number, code=2)
-        assert before == {path: path.read_bytes() for path in out.iterdir()}
-        assert not (folder / "hacked").exists()
-        (out / file).write_bytes(good)
-    (out / file).unlink()
-    (out / file).mkdir()  # what cannot be read is not called damaged
-    assert f"{file} could not be read or written: Is a directory" in run(folder, number, code=2)
-
-
+# ---- Bad input: one line, nothing lost -----------------------------------------------------------
 BAD_FLAGS = """
-1 --dataset nowhere --out new: not cifar10, cifar100, toy, or a folder
-1 --seed -1: --seed is -1, not 0 to 2147483647
-2 --device meta: --device meta:
-2 --step-size 0.0078: in 1/255: for 0.0078 write 2
-3 --student usual: go together
-3 --sampling fixed --student b: choose --student from largest
-3 --teacher shades/train/dark/0.png --restart: --teacher shades
-3 --teacher run/02_teacher.pt --restart: not what torch.export.save wrote
-3 --lr 1e3 --warmup 0.001 --restart: loss is not finite
-3 --epochs 3: epochs was 2, not 3: take that again, delete it, or another --out
-3 --teacher run/teacher.pt2: give it another name
-2 --batch-size 200 --epochs 1 --restart: nothing is learned
-3 --batch-size 200 --epochs 1 --restart: nothing is learned
-4 --eps 0.031: in 1/255: for 0.031 (paper) write 7.9
-4 --test-students 100000: test_students is 100000, not 2 to 3000
-5 --population 100000: population is 100000, not 2 to 5000
+1 --dataset nowhere --out new: cifar10, cifar100, toy, or a folder of train/
+2 --step-size 0.0078: step_size is 0.0078, not 0.02 to inf: of the attack, in 1/255
+3 --student usual --sampling random: --sampling is one of progressive, random, and none with
+3 --sampling other: --sampling is one of progressive, random
+3 --student b: argument --student: invalid choice: 'b'
+3 --alpha 1.1: alpha is 1.1, not 0 to 1
+3 --warmup 0: warmup is 0.0, not 1e-09 to 1
+3 --student usual --lr 1e3 --warmup 0.001: the loss is not finite
+3 --epochs 3: 03 epochs was 2, is 3: delete the file, or use another --out
+3 --student usual --batch-size 200 --epochs 0: epochs is 0, not 1 to inf
+2 --student usual --batch-size 200 --epochs 1: the last iteration's learning rate is 0
+4 --eps 0.031: in 1/255: 8, not 0.031
+4 --test-students 11: must be at most --students minus 2
 5 --mutation 1.5: mutation is 1.5, not 0 to 1
-5 --preset quick: preset was tiny, not quick: take --preset=tiny or another --out
-5 --figures --out nowhere: there is no nowhere
 5 --max-macs 2e6: --max-macs is in millions
+5 --population many: argument --population: invalid int value
 """
 
 
 @pytest.mark.parametrize("line", BAD_FLAGS.split("\n")[1:-1])
 def test_bad_flags(folder, line):
     before, (words, says) = contents(folder / "run"), line.split(": ", 1)
-    assert says in run(folder, *map(int, words[0]), *words[1:].split(), code=2)
+    assert says in run(folder, *map(int, words[0]), *words[1:].split(), fails=True)
     assert before == contents(folder / "run") or "finite" in says  # that run had begun
 
 
-@pytest.mark.parametrize(
-    "spoil, says",
-    [
-        (
-            lambda root: [(root / f"train/dark/{n}.png").write_bytes(b"") for n in (7, 8)],
-            "7.png (cannot identify image file), spoilt/train/dark/8.png (cannot identify image",
-        ),
-        (lambda root: shutil.rmtree(root / "test/dark"), "train/ and test/ differ in ['dark']"),
-        (lambda root: [*map(shutil.rmtree, root.glob("train/[!b]*"))], "['bright'] alone"),
-    ],
-)
-def test_bad_folders(folder, spoil, says):
-    spoil(shutil.copytree(folder / "shades", folder / "spoilt"))
-    assert says in run(folder, 1, "--dataset", "spoilt", "--out", "new", code=2)
+DARK = "train/dark/7.png"
+DEEP = Image.fromarray(np.zeros((32, 32), np.uint16))
+SPOIL = {
+    f"{DARK} cannot be used, convert or remove it: cannot": lambda at: (at / DARK).write_bytes(b""),
+    f"{DARK} cannot be used, convert or remove it: 16 or 32": lambda at: DEEP.save(at / DARK),
+    "train/ and test/ differ in ['dark']": lambda at: shutil.rmtree(at / "test/dark"),
+    "has one class only, bright": lambda at: [*map(shutil.rmtree, at.glob("*/[!b]*"))],
+    "or a folder of train/<class>/*": lambda at: shutil.rmtree(at / "test"),
+}
+
+
+@pytest.mark.parametrize("says", SPOIL)
+def test_bad_folders(folder, says):
+    SPOIL[says](shutil.copytree(folder / "shades", folder / "spoilt"))
+    assert says in run(folder, 1, "--dataset", "spoilt", "--out", "new", fails=True)
     assert not list((folder / "new").iterdir())
 
 
-FOLDERS = """
---dataset=toy --net=mbv3, toy, toy-mbv3
---preset=paper, cifar10, cifar10-resnet50
---preset=quick --seed=1, cifar10, cifar10-resnet50-quick-seed1
---dataset=./toy, /toy, toy-resnet50
---dataset=a/../b/c --preset=tiny, /b/c, c-resnet50-tiny
-"""
+def test_a_failed_download_is_named(folder, monkeypatch):
+    fail = lambda *_, **__: (_ for _ in ()).throw(OSError("no host"))
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.__init__", fail)
+    says = "cifar10 could not be downloaded (no host): put cifar-10-python.tar.gz into data/"
+    assert says in run(folder, 1, "--dataset", "cifar10", "--out", "new", fails=True)
 
 
-@pytest.mark.parametrize("line", FOLDERS.split("\n")[1:-1])
-def test_what_is_not_the_default_is_in_the_folders_name(tmp_path, monkeypatch, line):
-    words, dataset, name = line.split(", ")
+def test_a_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["chapter.py", *words.split()])
+    monkeypatch.setattr(sys, "argv", ["chapter.py", "--dataset=a/../b", "--net=mbv3", "--seed=1"])
     args = c5.read_flags()
-    assert args.out == Path("runs", name)
-    assert args.common["dataset"] == (f"{tmp_path}{dataset}" if "/" in dataset else dataset)
-
-
-def test_two_data_sets_of_one_name_are_told_apart(folder):
-    shutil.copytree(folder / "shades", folder / "other/shades")  # or the same one, moved there
-    said = run(folder, 5, "--dataset", "other/shades", code=2)
-    assert f"dataset was {(folder / 'shades').resolve()}, not {folder}/other/shades: " in said
-    assert "earlier" in run(folder, 2, said.split()[-4])  # what it says goes on
-    (folder / "toy/train").mkdir(parents=True)
-    assert "write ./toy" in run(folder, 1, "--dataset", "toy", "--out", "new", code=2)
-
-
-def test_linked_folders_are_read(finished, tmp_path):
-    train = shutil.copytree(finished / "shades/test", tmp_path / "images/train")
-    (train / "dark").rename(tmp_path / "disk")
-    for link in ("dark", "bright/one", "bright/two"):  # a class, and twice parts of one
-        os.symlink(tmp_path / "disk", train / link)
-    assert len(c1.folder_images(train.parent, "train")[0]) == len(ImageFolder(train)) == 30
-    os.symlink(train / "bright", tmp_path / "disk/loop")
-    assert len(c1.folder_images(train.parent, "train")[0]) > 30  # it ends
-
-
-def test_other_images_are_noticed(folder):
-    dark = shutil.copytree(folder / "shades", folder / "own") / "train/dark"
-    words = "--dataset", "own", "--out", "new"
-    run(folder, 1, *words)
-    run(folder, 2, *words, "--epochs", 1)
-    shutil.copy(dark / "1.png", dark / "0.png")
-    for hidden in (dark / ".thumbnails", dark.with_name(".ipynb_checkpoints")):
-        shutil.copytree(folder / "shades/test/dark", hidden)
-    (dark / "1.gif").touch()
-    (folder / "own").rename(folder / "moved")
-    assert "earlier" in run(folder, 2, *words, "--epochs", 1)  # the run needs them no more
-    assert "162 train, 18 held_out, 18 test images" in run(folder, 1, *words)
-    (folder / "moved").rename(folder / "own")
-    printed = run(folder, 1, *words, "--restart")
-    assert "180 images of 3 classes; 1 other files" in printed
-    assert "in this order: bright, dark, middling, gr?n" in printed
-    stale = "02_teacher.pt is stale: 01_dynamic_net.pt is another one by now"
-    assert stale in run(folder, 2, *words, "--epochs", 1, code=2)
+    assert args.out == Path("runs/b-mbv3-paper-seed1") and args.dataset == f"{tmp_path}/b"
 
 
 def test_a_picture_is_read_as_viewers_show_it(tmp_path):
     gray = (6 * np.arange(32)[:, None] + np.arange(32)).astype(np.uint8)  # no two turns are alike
-    black, clear, palette = Image.new("L", (32, 32)), *map(Image.fromarray, (255 - gray, gray))
-    Image.fromarray(gray.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    black, clear = Image.new("L", (32, 32)), Image.fromarray(255 - gray)
     Image.merge("RGBA", [black, black, black, clear]).save(tmp_path / "icon.png")
-    palette.putpalette([0] * 768)
-    palette.save(tmp_path / "palette.png", transparency=bytes(range(255, -1, -1)))
     upright = [gray, gray[:, ::-1], gray[::-1, ::-1], gray[::-1]]
     lying = [gray.T, np.rot90(gray), gray[::-1, ::-1].T, np.rot90(gray, -1)]
     for tag, pixels in enumerate(upright + lying, 1):  # of EXIF: how the camera was held
@@ -1153,116 +963,100 @@ def test_a_picture_is_read_as_viewers_show_it(tmp_path):
         Image.fromarray(pixels).save(tmp_path / f"{tag}.png", exif=exif)
     for path in tmp_path.iterdir():
         assert (c1.picture(path) == gray[:, :, None]).all(), path.name
-    Image.fromarray(gray.astype(np.int32)).save(tmp_path / "a.tif")
-    with pytest.raises(ValueError):
-        c1.picture(tmp_path / "a.tif")
 
 
 # ---- The chain -----------------------------------------------------------------------------------
-def test_chapters_share_only_equal_text_and_their_headings_say_which():
-    """Below a heading that names a chapter, everything stands there, too; below others nothing that
-    an earlier chapter has, but for files and flags."""
-    seen, where = {}, {}
-    for number, name in enumerate(NAMES, 1):
+def test_chapters_share_only_equal_text():
+    """Same name, same code."""
+    seen = {}
+    for name in NAMES:
         text = (HERE / f"{name}.py").read_text()
-        headings = {n: line for n, line in enumerate(text.splitlines(), 1) if line[:6] == "# ----"}
         for node in ast.parse(text).body:
             targets = [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]
-            for own in {*targets, getattr(node, "name", "main")} - {"main", "FLAGS"}:
+            for own in {*targets, getattr(node, "name", "main")} - {"main", "FLAGS", "STAGE"}:
                 source = ast.get_source_segment(text, node)
                 assert seen.setdefault(own, source) == source, f"{own} differs in {name}"
-                heading = headings[max(n for n in headings if n < node.lineno)]
-                known = re.search(r"as in chapter (\d)", heading)
-                if known:
-                    assert int(known[1]) in where[own], f"{own} in {name} is new"
-                elif "the same in every chapter" in heading:
-                    assert number == 1 or 1 in where[own], f"{own} in {name} is new"
-                else:
-                    assert own not in where, f"{own} in {name} is known"
-                where.setdefault(own, []).append(number)
     assert len(seen) > 50
 
 
-PARTS = "01_dynamic_net", "01_images", "03_progressive"
 WRITTEN = """01_dynamic_net.pt 01_images.pt 01_students.csv
-02_teacher.pt 02_teacher.pt2 02_teacher_log.csv 02_teacher_log.svg
+02_teacher.pt 02_teacher_log.csv 02_teacher_log.svg
 03_progressive.pt 03_progressive_log.csv 03_progressive_log.svg
-04_pictures.png 04_predictions.csv 04_predictions.svg 04_predictor.pt 04_report.csv
-04_students.csv 04_students.pt 04_students.svg 04_widths.csv 04_widths.svg
-05_best.csv 05_front.csv 05_population.csv 05_population.svg 05_search.pt
-student.pt2 table1.csv"""
+04_measured.state 04_pictures.png 04_predictions.csv 04_predictions.svg 04_predictor.pt
+04_report.csv 04_students.csv 04_students.svg 04_widths.csv 04_widths.svg
+05_best.csv 05_population.csv 05_population.svg 05_search.pt student.pt2 table1.csv"""
 
 
 def test_the_chain_runs_and_each_stage_says_what_comes_next(chain):
     net, out, printed = chain
     assert {path.name for path in out.iterdir()} == {*WRITTEN.split()}
     assert all(f"next: python {name}.py" in printed for name in NAMES[1:])
-    assert "on cpu in float32" in printed and "minutes left" in printed
+    assert "on cpu in float32" in printed
     assert "Traceback" not in printed and "Warning" not in printed
-    times = lambda: {p: p.stat().st_mtime_ns for p in out.iterdir() if p.suffix != ".svg"}
-    before = times()
-    for number in QUICK:  # finished stages say so and do nothing, but for figures
+    made = [*out.glob("*.pt"), out / "student.pt2", out / "table1.csv"]
+    before = [path.stat().st_mtime_ns for path in made]
+    for number in QUICK:  # finished stages say so and make nothing anew
         words = "--dataset", "toy", "--net", net, "--seed", SEED, *CHAIN[net].get(number, [])
-        again = run(out.parent.parent, number, *words, quick=False)
-        assert "earlier" in again and before == times()
+        assert "is finished" in run(out.parent.parent, number, *words, quick=False)
+    assert before == [path.stat().st_mtime_ns for path in made]
 
 
 def test_students_are_robust(chain):
     rows = rows_of(chain[1] / "04_students.csv")
     natural, robust = np.array([(row["natural"], row["robust"]) for row in rows], dtype=float).T
     assert (robust <= natural).all()
-    assert (
-        natural.mean() > 0.6 and robust.mean() > 0.4
-    )  # not distilled, or not for robustness: less
+    # Not distilled, or not for robustness: less.
+    assert natural.mean() > 0.8 and robust.mean() > 0.5
 
 
 def test_the_search_keeps_its_budget_and_table_1_judges_for_real(chain):
-    _, out, _ = chain
-    net, data, trained, search = read(out, *PARTS, "05_search")
-    (best,), (teacher, largest, chosen) = rows_of(out / "05_best.csv"), rows_of(out / "table1.csv")
-    files = [row["file"] for row in (teacher, largest, chosen)]
-    assert files == ["02_teacher", "03_progressive", "03_progressive"]
-    student = search["students"][best["student"]]
-    assert [float(best[gene]) for gene in net["genes"]] == [*student]
+    out = chain[1]
+    images, search = read(out, "01_images", "05_search")
+    data, net, student = images["data"], search["net"], search["students"]["best"]
+    (best,), (teacher, *_, largest, usual, chosen) = (
+        rows_of(out / "05_best.csv"),
+        rows_of(out / "table1.csv"),
+    )
+    names = [(row["file"], row["student"]) for row in (teacher, largest, usual, chosen)]
+    dynamic = [("03_progressive", "largest"), ("03_progressive", "usual")]
+    assert names == [("02_teacher", "largest"), *dynamic, ("05_search", "best")]
+    assert [float(best[gene]) for gene in net["genes"]] == [*student.values()]
     assert (int(chosen["params"]), int(chosen["macs"])) == c5.cost(net, student)
-    assert int(best["macs"]) <= 1e6 * float(best["max_macs"]) < int(largest["macs"])
+    budget = search["settings"]["05 max_macs"]
+    assert int(best["macs"]) <= 1e6 * budget < int(largest["macs"])
+    sums = [
+        row["predicted_natural"] + row["predicted_robust"]
+        for row in search["rows"]["population"]
+        if row["macs"] <= 1e6 * budget and row["generation"] == "last"
+    ]
+    assert max(sums) == float(best["predicted_natural"]) + float(best["predicted_robust"])
     assert float(chosen["natural"]) > float(chosen["fgsm"]) >= float(chosen["pgd20"]) - 0.02 > 0.1
-    network = c4.Network(net, trained["weights"], student)  # judged by hand
-    judged = c4.calibrated(network, data["calibration"][:500])
+    network = c4.Network(net, search["weights"], student)  # judged by hand
+    judged = c4.calibrated(network, data["calibration"])
     right = judged(data["test"] / 255).argmax(1) == data["test_labels"]
     assert abs(right.double().mean().item() - float(chosen["natural"])) < 1e-6
-    exported, x = torch.export.load(out / "student.pt2").module(), data["test"][:9] / 255
+    names, x = {"names": ""}, data["test"][:9] / 255
+    exported = torch.export.load(out / "student.pt2", extra_files=names).module()
     torch.testing.assert_close(exported(x), judged(x), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("chain", ["mbv3"], indirect=True)
-def test_the_exported_student_needs_none_of_this_code(chain):
-    code = (
-        "import torch; names = {'names': ''}; data = torch.load('01_images.pt');"
-        "student = torch.export.load('student.pt2', extra_files=names).module();"
-        "right = student(data['test'] / 255).argmax(1) == data['test_labels'];"
-        "print(right.float().mean().item(), names['names'].split('\\n') == data['names'])"
-    )
-    printed = subprocess.check_output([sys.executable, "-c", code], cwd=chain[1], text=True)
-    accuracy, named = printed.split()
-    expected = float(rows_of(chain[1] / "table1.csv")[2]["natural"])
-    assert abs(float(accuracy) - expected) < 0.005 and named == "True"
+    assert names["names"].split("\n") == images["classes"]
+    assert not exported(x).requires_grad and len([*exported.parameters()]) == len(judged.slices)
 
 
 # ---- Honest attacks, on a trained student --------------------------------------------------------
 @pytest.mark.parametrize("chain", ["resnet50"], indirect=True)
 def test_robust_accuracy_is_no_artefact(chain):
-    net, data, trained = read(chain[1], *PARTS)
-    network = c4.Network(net, trained["weights"], c4.student_at(net, 1))
+    images, trained = read(chain[1], "01_images", "03_progressive")
+    data, net = images["data"], trained["net"]
+    network = c4.Network(net, trained["weights"], net["students"]["middle"])
     network = c4.calibrated(network, data["calibration"])
     test = network, data["test"][:125], data["test_labels"][:125]
 
     def accuracy(eps, step_size, steps):
-        return c4.judge(*test, eps / 255, step_size / 255, steps)[1].float().mean().item()
+        return c4.judge(*test, eps / 255, step_size / 255, steps)[1]
 
     by_steps = [accuracy(8, 2, steps) for steps in (5, 20, 40)]
     assert 0.2 < by_steps[1] <= accuracy(8, 8, 1) + 0.01  # FGSM; an image is 0.008
     assert all(more <= fewer + 0.01 for fewer, more in zip(by_steps, by_steps[1:]))
     by_eps = [accuracy(0.01, 0.0025, 20), by_steps[1], *(accuracy(e, e / 4, 20) for e in (32, 128))]
     assert by_eps == sorted(by_eps, reverse=True)
-    assert by_eps[0] > by_eps[1] + 0.05 and by_eps[-1] < 0.01
+    assert by_eps[0] > by_eps[1] + 0.02 and by_eps[-1] < 0.01

@@ -21,8 +21,8 @@ for each gene. Its weights are the leading slices of the shared ones, so it cost
 reads   the images of --dataset: cifar10, cifar100, toy, or a folder of train/ and test/<class>/*
 writes  01_images.pt        all images; no later chapter reads --dataset
         01_dynamic_net.pt   the network: genes, sizes, and the shared weights, drawn at random
-        01_students.csv     a row for each student shown; "alone differs" is by how much the logits
-                            of a network that has only this slice differ: 0, or rounding
+        01_students.csv     some students; "alone differs": the largest difference from the logits
+                            of a network that has only this slice
 """
 
 import argparse
@@ -65,7 +65,7 @@ class Network:
     def slice(self, name, out, inputs=None, kernel=1):
         """Of a convolution's weight (out, inputs, kernel, kernel), of a vector (out,)."""
         if name not in self.slices:
-            with torch.enable_grad():  # so that it can learn later, even if not in this call
+            with torch.enable_grad():  # it is kept, and may learn in a later call
                 weight = self.shared[name][:out]
                 if inputs:
                     weight = weight[:, :inputs]
@@ -93,7 +93,7 @@ class Network:
         scale, shift = self.slice(f"{name}_scale", out), self.slice(f"{name}_shift", out)
         if name not in self.stats:
             self.stats[name] = scale.new_zeros(2, out)
-        mean, variance = self.stats[name]  # which batch_norm updates in place
+        mean, variance = self.stats[name]  # updated in place, to the mean over all batches
         return F.batch_norm(x, mean, variance, scale, shift, True, 1 / self.batches)
 
     def __call__(self, x):
@@ -109,9 +109,8 @@ class Network:
             x = F.relu_(self.conv_bn("stem_1", x, mid, 3, net["stem_stride"]))
             if student["depth_stem"]:
                 x = x + F.relu_(self.conv_bn("stem_2", x, mid, 3))
-            x = F.relu_(
-                self.conv_bn("stem_3", x, divisible(net["stem"] * student["width_stem"]), 3)
-            )
+            out = divisible(net["stem"] * student["width_stem"])
+            x = F.relu_(self.conv_bn("stem_3", x, out, 3))
         for i, (channels, blocks, stride, activation, gated) in enumerate(net["stages"], 1):
             out = divisible(channels * student.get(f"width_{i}", 1))
             for j in range(1, blocks + student[f"depth_{i}"] + 1):
@@ -165,7 +164,7 @@ def divisible(channels):
 
 class RandomWeights(Network):
     """Draws a shared weight when a layer of the largest student first asks for its slice, so that
-    all shapes stand in the forward pass only: He et al. (2015) for convolutions, identities for
+    shapes are written once, in the forward pass: He et al. (2015) for convolutions, identities for
     batch norm and for the matrices between kernels."""
 
     def slice(self, name, out, inputs=None, kernel=1):
@@ -223,15 +222,15 @@ NETWORKS = {  # sections 4.3 and 5.0.1; "tiny" is of the same construction, for 
 def make_net(name, preset, classes):
     """A dynamic network without its weights: sizes, names of the classes, `genes` {gene: choices,
     smallest first}, `switches` {gene: (a depth gene, the least depth at which it is on)}, and some
-    `students` by name. "usual" is the one that the paper trains alone: nearly ResNet-50 (23.54 M
-    parameters; paper 23.52), or a MobileNet of one depth, kernel and expansion everywhere, of those
-    the nearest in size (4.17 M; paper 4.21)."""
+    `students` by name. "usual" is the one that the paper trains by itself: about ResNet-50 (23.54 M
+    parameters; paper 23.52), or the MobileNet nearest in size with one depth, kernel and expansion
+    (4.17 M; paper 4.21)."""
     net = {**NETWORKS[name, "tiny" if preset == "tiny" else "paper"], "classes": classes}
     net["genes"], net["switches"] = make_genes(net)
     places = {"largest": -1, "middle": 1, "smallest": 0}
     net["students"] = {name: student_at(net, place) for name, place in places.items()}
-    own = net["usual"]  # of a gene, or of all of a kind
-    usual = {gene: own.get(gene, own[gene.split("_")[0]]) for gene in net["genes"]}
+    usual = net["usual"]  # of a gene, or of all of a kind
+    usual = {gene: usual.get(gene, usual[gene.split("_")[0]]) for gene in net["genes"]}
     net["students"]["usual"] = canonical(net, usual)
     return net
 
@@ -318,10 +317,9 @@ def main():
         row["macs"] = counter.get_total_flops() // 2  # of one image; a multiply-accumulate is two
         rows.append({**row, "alone differs": (alone(x) - logits).abs().max().item()})
     table = [{key: row[key] for key in row if key not in net["genes"]} for row in rows]
-    listed = args.out / "01_students.csv"
+    write_csv(args.out / "01_students.csv", rows)
     save(checkpoint, settings, net=net, weights=shared)
-    write_csv(listed, rows)
-    finish(args, table, [pixels, checkpoint, listed], CHAPTERS[1])
+    finish(args, table, [pixels, checkpoint, args.out / "01_students.csv"], CHAPTERS[1])
 
 
 # ---- Images: read once, augmented ----------------------------------------------------------------
@@ -352,8 +350,8 @@ def read_images(args):
 
 
 def toy_images(count, seed):
-    """`count` pictures of stripes, labels and names: 3 widths x 3 orientations. Phase, colours and
-    noise are random: no pixel tells the class, and flips and crops keep it."""
+    """Pictures of stripes, labels and names: 3 widths x 3 orientations. Phase, colours and noise
+    are random: no pixel tells the class, and flips and crops keep it."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 9, count)
     tilt = np.array([0, np.pi / 2, np.pi / 4])[labels % 3]
@@ -422,7 +420,7 @@ def augment(images):
 def save(path, settings, **content):
     """Write what load() reads, whole or not at all. A finished file is never overwritten: one that
     another job has made by now is kept; exits if its settings differ."""
-    if path.exists() and load(path, settings) and path.suffix == ".pt":
+    if path.exists() and load(path, settings) and path.suffix == ".pt":  # load() may exit
         return
     identity = io.BytesIO()  # of all but the rows, in which seconds stand
     torch.save([settings, {name: content[name] for name in content if name != "rows"}], identity)
@@ -463,7 +461,7 @@ COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
     "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
     "preset": {"choices": PRESETS, "help": "of networks and numbers; default: paper, for toy tiny"},
-    "sampling": {"default": "progressive", "help": "in chapters 3 to 5: progressive or random"},
+    "sampling": {"default": "progressive", "choices": ["progressive", "random"]},
     "out": {"type": Path, "help": "folder; default: runs/<dataset>-<net>-<preset>-seed<seed>"},
     "seed": {"default": 0, "type": int},
     "device": {"default": "cuda" if torch.cuda.is_available() else "cpu"},

@@ -1,7 +1,7 @@
 """Chapter 2: the robust teacher (paper, sections 4.1 and 4.4; TRADES, Zhang et al., 2019).
 
-TRADES trains a network f to be right, and to give an attacked image, of which each pixel is changed
-by at most eps, the answer that it gives to the original:
+TRADES trains a network f to be right, and to answer an attacked image, each pixel changed by at
+most eps, as it answers the original:
 
     for epoch, for batch of images x and labels y:
         x' = PGD from x, climbing KL(f(x) || f(x'))             # the maximum in equation 1
@@ -85,7 +85,7 @@ def trades_loss(network, x, y, beta, attack):
     log_f = logits.log_softmax(1)  # log f(x), (B, classes)
     # The attack. At x the KL and its gradient are zero, so it starts slightly off x. Batch norm has
     # the statistics of each step's own x', as in the loss below. With those of x in all steps, as
-    # in chapter 3, a network that begins at random weights becomes worse.
+    # in chapter 3, training from random weights ends worse.
     target, noise = log_f.detach(), 0.001 * torch.randn_like(x)
     x_adv = pgd(lambda z: kl(target, network(z)), x, noise, *attack)
     # The loss. Gradients flow through both sides of its KL.
@@ -119,7 +119,7 @@ def main():
     shared = moved(source["weights"], device, learn=True)
     optimizer = torch.optim.SGD(shared.values(), momentum=0.9, weight_decay=2e-4)  # 5.0.1
     made = resume(checkpoint, state, settings, shared, optimizer)
-    rows, best = made["rows"], made.get("best")  # best: the weights of the best epoch
+    rows, best = made["rows"], made.get("best", shared)  # best: weights of the best epoch
     batch = min(args.batch_size, len(data["train"]))
     batches = len(data["train"]) // batch  # of an epoch; an incomplete one is left out
     if batches * args.epochs == 1:
@@ -161,7 +161,8 @@ def main():
         save(state, settings, **training, rows=rows, best=best)
         write_csv(log, rows)
 
-    save(checkpoint, settings, net=net, weights=best, students={name: student}, rows=rows)
+    weights = {layer: best[layer] for layer in shared}
+    save(checkpoint, settings, net=net, weights=weights, students={name: student}, rows=rows)
     state.unlink(missing_ok=True)
     write_csv(log, rows)
     chosen = max(rows, key=lambda row: row["robust"])
@@ -197,10 +198,9 @@ def calibrated(network, images):
 
 @torch.no_grad()
 def judge(network, images, labels, eps, step_size, steps, batch=100):
-    """(natural, robust) accuracy, shares of 1: which uint8 images (N, 3, 32, 32) are right, and are
-    still right after PGD, which climbs the cross-entropy, as all papers report it. It starts at one
-    place of the ball for all, so that no answer depends on the batch; with one step at the image.
-    """
+    """(natural, robust) accuracy, shares of 1: of uint8 images (N, 3, 32, 32) those that are right,
+    and those still right after PGD on the cross-entropy. All start from one random noise, so that
+    no answer depends on the batch; with one step (FGSM) from the image."""
     noise = 2 * torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
     noise = noise.to(images.device) * (eps if steps > 1 else 0)
     natural = torch.cat([network(x / 255).argmax(1) for x in images.split(batch)]) == labels
@@ -242,16 +242,16 @@ def table1(args, data):
             rows.append(row)
             if path.stem.startswith("05"):
                 file = path.stem.replace("05_search", "student")
-                exports[args.out / f"{file}.pt2"] = judged
+                exports[args.out / f"{file}.pt2"] = judged, made["net"]["classes"]
     if not rows:
         sys.exit(f"nothing to judge in {args.out}: {CHAPTERS[1]} trains a teacher")
     write_csv(args.out / "table1.csv", rows)
-    for path, judged in exports.items():
-        export(judged, path, made["net"]["classes"])
+    for path, student in exports.items():
+        export(*student, path)
     finish(args, rows, [args.out / "table1.csv", *exports])
 
 
-def export(network, path, classes):
+def export(network, classes, path):
     """Write a judged student as a network that needs none of this code, from (B, 3, 32, 32) in
     [0, 1] to logits; the lines of its extra file `names` are the classes, in their order."""
     module, network = torch.nn.Module(), copy.copy(network)
@@ -261,15 +261,17 @@ def export(network, path, classes):
     module.forward = network.__call__
     shapes, x = ({0: torch.export.Dim("batch")},), torch.zeros(2, 3, 32, 32)
     program = torch.export.export(module, (x,), dynamic_shapes=shapes, strict=False)
-    torch.export.save(program, path, extra_files={"names": "\n".join(classes)})
+    temporary = path.with_name(f"{os.getpid()}.tmp.pt2")  # whole or absent
+    torch.export.save(program, temporary, extra_files={"names": "\n".join(classes)})
+    temporary.replace(path)
 
 
 # ---- Speed only: the attack's gradient as a CUDA graph -------------------------------------------
 class Replayed:
     """function(x), on a GPU recorded as a CUDA graph at the second call (the first warms up) and
     replayed from then on: one launch in place of a thousand. Without it attacks are the same, up to
-    rounding. What Python decides inside, as the student, is frozen; so each attack is recorded, in
-    the last one's memory. (torch.cuda.graph would wait for the GPU each time.)"""
+    rounding. What Python decides inside (the student, .item()) is frozen, so each attack records a
+    graph of its own, in the last one's memory. (torch.cuda.graph would wait for the GPU.)"""
 
     last = None  # the stream to record on, and the last graph
 
@@ -333,7 +335,7 @@ def moved(tensors, device, learn=False):
 
 
 def run_missing(args, *files):
-    """Run the earlier chapters of files that are missing, if all files after them are, too."""
+    """Run the chapter of each file that is missing together with all files listed after it."""
     for i, name in enumerate(files):
         if not any((args.out / later).exists() for later in files[i:]):
             print(f"{args.out / name} is missing")
@@ -370,7 +372,7 @@ class Network:
     def slice(self, name, out, inputs=None, kernel=1):
         """Of a convolution's weight (out, inputs, kernel, kernel), of a vector (out,)."""
         if name not in self.slices:
-            with torch.enable_grad():  # so that it can learn later, even if not in this call
+            with torch.enable_grad():  # it is kept, and may learn in a later call
                 weight = self.shared[name][:out]
                 if inputs:
                     weight = weight[:, :inputs]
@@ -398,7 +400,7 @@ class Network:
         scale, shift = self.slice(f"{name}_scale", out), self.slice(f"{name}_shift", out)
         if name not in self.stats:
             self.stats[name] = scale.new_zeros(2, out)
-        mean, variance = self.stats[name]  # which batch_norm updates in place
+        mean, variance = self.stats[name]  # updated in place, to the mean over all batches
         return F.batch_norm(x, mean, variance, scale, shift, True, 1 / self.batches)
 
     def __call__(self, x):
@@ -414,9 +416,8 @@ class Network:
             x = F.relu_(self.conv_bn("stem_1", x, mid, 3, net["stem_stride"]))
             if student["depth_stem"]:
                 x = x + F.relu_(self.conv_bn("stem_2", x, mid, 3))
-            x = F.relu_(
-                self.conv_bn("stem_3", x, divisible(net["stem"] * student["width_stem"]), 3)
-            )
+            out = divisible(net["stem"] * student["width_stem"])
+            x = F.relu_(self.conv_bn("stem_3", x, out, 3))
         for i, (channels, blocks, stride, activation, gated) in enumerate(net["stages"], 1):
             out = divisible(channels * student.get(f"width_{i}", 1))
             for j in range(1, blocks + student[f"depth_{i}"] + 1):
@@ -460,7 +461,7 @@ def augment(images):
 def save(path, settings, **content):
     """Write what load() reads, whole or not at all. A finished file is never overwritten: one that
     another job has made by now is kept; exits if its settings differ."""
-    if path.exists() and load(path, settings) and path.suffix == ".pt":
+    if path.exists() and load(path, settings) and path.suffix == ".pt":  # load() may exit
         return
     identity = io.BytesIO()  # of all but the rows, in which seconds stand
     torch.save([settings, {name: content[name] for name in content if name != "rows"}], identity)
@@ -501,7 +502,7 @@ COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
     "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
     "preset": {"choices": PRESETS, "help": "of networks and numbers; default: paper, for toy tiny"},
-    "sampling": {"default": "progressive", "help": "in chapters 3 to 5: progressive or random"},
+    "sampling": {"default": "progressive", "choices": ["progressive", "random"]},
     "out": {"type": Path, "help": "folder; default: runs/<dataset>-<net>-<preset>-seed<seed>"},
     "seed": {"default": 0, "type": int},
     "device": {"default": "cuda" if torch.cuda.is_available() else "cpu"},

@@ -46,7 +46,7 @@ torch.backends.cudnn.allow_tf32 = False  # judging is in float32
 
 STAGE = "03"
 FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
-    "epochs": (120, 4, 2, 1, inf, "of each of 3 phases (--student: all 3 are one); paper 120"),
+    "epochs": (120, 4, 2, 1, inf, "of each of 3 phases (--student: one, as long as 3); paper 120"),
     "lr": (0.01, 0.02, 0.36, 0, inf, "peak learning rate of each phase; paper 0.01"),
     "warmup": (5 / 120, 0.1, 0.1, 1e-9, 1, "share of a phase in which lr rises; paper silent"),
     "batch_size": (128, 128, 64, 1, inf, "images in an iteration; paper 128"),
@@ -104,8 +104,8 @@ def main():
     only = {"choices": STUDENTS, "help": "distil this one only, from random weights"}
     args = read_flags(student=only)
     file = args.student or args.sampling
-    if args.student and args.sampling != "progressive" or args.sampling not in VARIES:
-        sys.exit(f"--sampling is one of {', '.join(VARIES)}, and none with --student")
+    if args.student and args.sampling != "progressive":
+        sys.exit("--sampling draws many students, --student is one: use one of them")
     run_missing(args, "01_images.pt")
     run_missing(args, "01_dynamic_net.pt", "02_teacher.pt")
     device = torch.device(args.device)
@@ -115,11 +115,11 @@ def main():
     checkpoint, state, log = (args.out / f"03_{file}{end}" for end in (".pt", ".state", "_log.csv"))
     net, named, first = source["net"], source["net"]["students"], source["weights"]
     base = named[args.student or "largest"]  # it has the genes that do not vary
-    phases, shown = VARIES.get(file, [()]), ["largest", "middle", "smallest"]
+    phases, shown = VARIES[args.sampling], ["largest", "middle", "smallest"]
     if args.student:
         run_missing(args, "01_dynamic_net.pt")
         first = load(args.out / "01_dynamic_net.pt", args.common)["weights"]
-        shown = [args.student]
+        phases, shown = [()], [args.student]
     # A copy, which does not learn, with each batch's statistics, as the student has: so the largest
     # student begins as the teacher, and only the method moves it.
     teacher = Network(net, moved(source["weights"], device), named["largest"])
@@ -142,7 +142,7 @@ def main():
         phase, epoch_of_phase = divmod(epoch, epochs_of_phase)
         if epoch_of_phase == 0:
             optimizer.state.clear()  # each phase has its own momentum, warm-up and cosine
-            if "expand" in phases[phase] and "expand" not in [(), *phases][phase]:
+            if "expand" in phases[phase] and "expand" not in sum(phases[:phase], ()):
                 sort_channels(net, shared)
         torch.manual_seed(args.seed * 10**6 + epoch)  # so a run that is resumed draws the same
         order = torch.randperm(len(data["train"])).to(device)
@@ -178,8 +178,8 @@ def main():
         write_csv(log, rows)
 
     # The last epoch is kept: which one is best differs from student to student.
-    judged = [args.student] if args.student else ["largest", "usual"]  # in table 1
-    students = {name: named[name] for name in judged}
+    kept = [args.student] if args.student else ["largest", "usual"]  # for table 1
+    students = {name: named[name] for name in kept}
     save(checkpoint, settings, net=net, weights=moved(shared, "cpu"), students=students, rows=rows)
     state.unlink(missing_ok=True)
     write_csv(log, rows)
@@ -214,7 +214,7 @@ def sort_channels(net, shared):
 @torch.no_grad()
 def reorder(shared, block, makers, readers):
     """Put the channels that `makers` make and `readers` read into the order of importance: the L1
-    norm of the weights by which the first of the readers reads them (released code)."""
+    norm of the first reader's weights for each (released code)."""
     importance = shared[f"{block}_{readers[0]}"].abs().sum((0, 2, 3))
     order = importance.argsort(descending=True)
     for maker in makers:
@@ -248,8 +248,8 @@ def input_gradient(loss, x):
 class Replayed:
     """function(x), on a GPU recorded as a CUDA graph at the second call (the first warms up) and
     replayed from then on: one launch in place of a thousand. Without it attacks are the same, up to
-    rounding. What Python decides inside, as the student, is frozen; so each attack is recorded, in
-    the last one's memory. (torch.cuda.graph would wait for the GPU each time.)"""
+    rounding. What Python decides inside (the student, .item()) is frozen, so each attack records a
+    graph of its own, in the last one's memory. (torch.cuda.graph would wait for the GPU.)"""
 
     last = None  # the stream to record on, and the last graph
 
@@ -301,10 +301,9 @@ def calibrated(network, images):
 
 @torch.no_grad()
 def judge(network, images, labels, eps, step_size, steps, batch=100):
-    """(natural, robust) accuracy, shares of 1: which uint8 images (N, 3, 32, 32) are right, and are
-    still right after PGD, which climbs the cross-entropy, as all papers report it. It starts at one
-    place of the ball for all, so that no answer depends on the batch; with one step at the image.
-    """
+    """(natural, robust) accuracy, shares of 1: of uint8 images (N, 3, 32, 32) those that are right,
+    and those still right after PGD on the cross-entropy. All start from one random noise, so that
+    no answer depends on the batch; with one step (FGSM) from the image."""
     noise = 2 * torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
     noise = noise.to(images.device) * (eps if steps > 1 else 0)
     natural = torch.cat([network(x / 255).argmax(1) for x in images.split(batch)]) == labels
@@ -356,7 +355,7 @@ def moved(tensors, device, learn=False):
 
 
 def run_missing(args, *files):
-    """Run the earlier chapters of files that are missing, if all files after them are, too."""
+    """Run the chapter of each file that is missing together with all files listed after it."""
     for i, name in enumerate(files):
         if not any((args.out / later).exists() for later in files[i:]):
             print(f"{args.out / name} is missing")
@@ -400,7 +399,7 @@ class Network:
     def slice(self, name, out, inputs=None, kernel=1):
         """Of a convolution's weight (out, inputs, kernel, kernel), of a vector (out,)."""
         if name not in self.slices:
-            with torch.enable_grad():  # so that it can learn later, even if not in this call
+            with torch.enable_grad():  # it is kept, and may learn in a later call
                 weight = self.shared[name][:out]
                 if inputs:
                     weight = weight[:, :inputs]
@@ -428,7 +427,7 @@ class Network:
         scale, shift = self.slice(f"{name}_scale", out), self.slice(f"{name}_shift", out)
         if name not in self.stats:
             self.stats[name] = scale.new_zeros(2, out)
-        mean, variance = self.stats[name]  # which batch_norm updates in place
+        mean, variance = self.stats[name]  # updated in place, to the mean over all batches
         return F.batch_norm(x, mean, variance, scale, shift, True, 1 / self.batches)
 
     def __call__(self, x):
@@ -444,9 +443,8 @@ class Network:
             x = F.relu_(self.conv_bn("stem_1", x, mid, 3, net["stem_stride"]))
             if student["depth_stem"]:
                 x = x + F.relu_(self.conv_bn("stem_2", x, mid, 3))
-            x = F.relu_(
-                self.conv_bn("stem_3", x, divisible(net["stem"] * student["width_stem"]), 3)
-            )
+            out = divisible(net["stem"] * student["width_stem"])
+            x = F.relu_(self.conv_bn("stem_3", x, out, 3))
         for i, (channels, blocks, stride, activation, gated) in enumerate(net["stages"], 1):
             out = divisible(channels * student.get(f"width_{i}", 1))
             for j in range(1, blocks + student[f"depth_{i}"] + 1):
@@ -490,7 +488,7 @@ def augment(images):
 def save(path, settings, **content):
     """Write what load() reads, whole or not at all. A finished file is never overwritten: one that
     another job has made by now is kept; exits if its settings differ."""
-    if path.exists() and load(path, settings) and path.suffix == ".pt":
+    if path.exists() and load(path, settings) and path.suffix == ".pt":  # load() may exit
         return
     identity = io.BytesIO()  # of all but the rows, in which seconds stand
     torch.save([settings, {name: content[name] for name in content if name != "rows"}], identity)
@@ -531,7 +529,7 @@ COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
     "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
     "preset": {"choices": PRESETS, "help": "of networks and numbers; default: paper, for toy tiny"},
-    "sampling": {"default": "progressive", "help": "in chapters 3 to 5: progressive or random"},
+    "sampling": {"default": "progressive", "choices": ["progressive", "random"]},
     "out": {"type": Path, "help": "folder; default: runs/<dataset>-<net>-<preset>-seed<seed>"},
     "seed": {"default": 0, "type": int},
     "device": {"default": "cuda" if torch.cuda.is_available() else "cpu"},

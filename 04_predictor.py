@@ -8,9 +8,9 @@ A search asks for the accuracies of thousands of students, and PGD is far too sl
     fit an MLP: genotype, one-hot -> (natural, robust)    # on all but the last 300
     compare its predictions for those with what was measured
 
-An error (RMSE) means something only beside two others: that of always answering the mean, which is
-how much students differ, and that of a linear model. And no predictor's error can be below the
-noise of the labels, which are accuracies on a sample of images.
+Compare the error (RMSE) with two others: of always answering the mean, which is how much students
+differ, and of a linear model. No predictor's error can be below the noise of the labels, which are
+accuracies on a sample of images.
 
 New here: main to pictures; attack, judging and network are as in chapters 1 and 2.
 
@@ -120,9 +120,9 @@ def mlp(layers, x):
 
 def compare(net, students, labels, predicted):
     """A row for each target: how far predictions (T, 2) of the last T students are from their
-    labels, (N, 2) of all; beside it the mean of the others as an answer, and a linear model of
-    them. tau: a search needs only the order; Kendall's tau-b is the share of pairs in the right
-    order minus that of pairs in the wrong one, corrected for ties."""
+    labels, (N, 2) of all; and, for comparison, how far the mean of the others is, and a linear
+    model fitted to them. tau: a search needs only the order; Kendall's tau-b is the share of pairs
+    in the right order minus that of pairs in the wrong one, corrected for ties."""
     train, test = labels[: -len(predicted)], labels[-len(predicted) :]
     features = one_hot(net, students)
     features = torch.cat([features, torch.ones(len(students), 1)], 1).double()
@@ -161,8 +161,8 @@ def main():
         print(f"{checkpoint} is finished (delete it to redo it)")
     else:
         # Other students, or another predictor, need no new measurements of the old ones.
-        others = "04 students", "04 test_students", "04 epochs"
-        measuring = {name: settings[name] for name in settings if name not in others}
+        fitting = "04 students", "04 test_students", "04 epochs"
+        measuring = {name: settings[name] for name in settings if name not in fitting}
         students = distinct_students(net, args.students, args.seed)
         rows = load(state, measuring)["rows"] if state.exists() else []
         print(f"{len(students)} students, PGD-{args.steps}, {len(held_out[0])} images, on {device}")
@@ -212,7 +212,7 @@ def widths(args, net, shared, *measured):
     """Figure 6: students that differ only in width (kernel), and the teacher if it is there."""
     kind, largest = "kernel" if "kernel" in net else "width", net["students"]["largest"]
     rows, file = [], args.out / "02_teacher.pt"
-    if file.exists():  # which is the one that taught these students: load() has compared
+    if file.exists():  # load() has checked that it taught these students
         teacher = moved(load(file, args.common)["weights"], args.device)
         rows = [{"student": "teacher", **measure(Network(net, teacher, largest), *measured)}]
     for value in net[kind]:
@@ -226,10 +226,10 @@ def pictures(network, x, y, attack, path):
     an attack adds, x 16 around gray, and their sum."""
     x = x[:100] / 255
     pick = (network(x).argmax(1) == y[:100]).nonzero()[:8, 0]
-    x, y = x[pick], y[pick]
-    x_adv = pgd(lambda z: F.cross_entropy(network(z), y), x, torch.zeros_like(x), *attack)
-    grid = torch.cat([x, 0.5 + 16 * (x_adv - x), x_adv]).clamp(0, 1)
-    if len(x):
+    if len(pick):
+        x, y = x[pick], y[pick]
+        x_adv = pgd(lambda z: F.cross_entropy(network(z), y), x, torch.zeros_like(x), *attack)
+        grid = torch.cat([x, 0.5 + 16 * (x_adv - x), x_adv]).clamp(0, 1)
         save_image(F.interpolate(grid, scale_factor=3), path, nrow=len(x))
 
 
@@ -255,8 +255,8 @@ def input_gradient(loss, x):
 class Replayed:
     """function(x), on a GPU recorded as a CUDA graph at the second call (the first warms up) and
     replayed from then on: one launch in place of a thousand. Without it attacks are the same, up to
-    rounding. What Python decides inside, as the student, is frozen; so each attack is recorded, in
-    the last one's memory. (torch.cuda.graph would wait for the GPU each time.)"""
+    rounding. What Python decides inside (the student, .item()) is frozen, so each attack records a
+    graph of its own, in the last one's memory. (torch.cuda.graph would wait for the GPU.)"""
 
     last = None  # the stream to record on, and the last graph
 
@@ -308,10 +308,9 @@ def calibrated(network, images):
 
 @torch.no_grad()
 def judge(network, images, labels, eps, step_size, steps, batch=100):
-    """(natural, robust) accuracy, shares of 1: which uint8 images (N, 3, 32, 32) are right, and are
-    still right after PGD, which climbs the cross-entropy, as all papers report it. It starts at one
-    place of the ball for all, so that no answer depends on the batch; with one step at the image.
-    """
+    """(natural, robust) accuracy, shares of 1: of uint8 images (N, 3, 32, 32) those that are right,
+    and those still right after PGD on the cross-entropy. All start from one random noise, so that
+    no answer depends on the batch; with one step (FGSM) from the image."""
     noise = 2 * torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
     noise = noise.to(images.device) * (eps if steps > 1 else 0)
     natural = torch.cat([network(x / 255).argmax(1) for x in images.split(batch)]) == labels
@@ -342,7 +341,7 @@ def moved(tensors, device, learn=False):
 
 
 def run_missing(args, *files):
-    """Run the earlier chapters of files that are missing, if all files after them are, too."""
+    """Run the chapter of each file that is missing together with all files listed after it."""
     for i, name in enumerate(files):
         if not any((args.out / later).exists() for later in files[i:]):
             print(f"{args.out / name} is missing")
@@ -391,7 +390,7 @@ class Network:
     def slice(self, name, out, inputs=None, kernel=1):
         """Of a convolution's weight (out, inputs, kernel, kernel), of a vector (out,)."""
         if name not in self.slices:
-            with torch.enable_grad():  # so that it can learn later, even if not in this call
+            with torch.enable_grad():  # it is kept, and may learn in a later call
                 weight = self.shared[name][:out]
                 if inputs:
                     weight = weight[:, :inputs]
@@ -419,7 +418,7 @@ class Network:
         scale, shift = self.slice(f"{name}_scale", out), self.slice(f"{name}_shift", out)
         if name not in self.stats:
             self.stats[name] = scale.new_zeros(2, out)
-        mean, variance = self.stats[name]  # which batch_norm updates in place
+        mean, variance = self.stats[name]  # updated in place, to the mean over all batches
         return F.batch_norm(x, mean, variance, scale, shift, True, 1 / self.batches)
 
     def __call__(self, x):
@@ -435,9 +434,8 @@ class Network:
             x = F.relu_(self.conv_bn("stem_1", x, mid, 3, net["stem_stride"]))
             if student["depth_stem"]:
                 x = x + F.relu_(self.conv_bn("stem_2", x, mid, 3))
-            x = F.relu_(
-                self.conv_bn("stem_3", x, divisible(net["stem"] * student["width_stem"]), 3)
-            )
+            out = divisible(net["stem"] * student["width_stem"])
+            x = F.relu_(self.conv_bn("stem_3", x, out, 3))
         for i, (channels, blocks, stride, activation, gated) in enumerate(net["stages"], 1):
             out = divisible(channels * student.get(f"width_{i}", 1))
             for j in range(1, blocks + student[f"depth_{i}"] + 1):
@@ -472,7 +470,7 @@ class Network:
 def save(path, settings, **content):
     """Write what load() reads, whole or not at all. A finished file is never overwritten: one that
     another job has made by now is kept; exits if its settings differ."""
-    if path.exists() and load(path, settings) and path.suffix == ".pt":
+    if path.exists() and load(path, settings) and path.suffix == ".pt":  # load() may exit
         return
     identity = io.BytesIO()  # of all but the rows, in which seconds stand
     torch.save([settings, {name: content[name] for name in content if name != "rows"}], identity)
@@ -513,7 +511,7 @@ COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
     "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
     "preset": {"choices": PRESETS, "help": "of networks and numbers; default: paper, for toy tiny"},
-    "sampling": {"default": "progressive", "help": "in chapters 3 to 5: progressive or random"},
+    "sampling": {"default": "progressive", "choices": ["progressive", "random"]},
     "out": {"type": Path, "help": "folder; default: runs/<dataset>-<net>-<preset>-seed<seed>"},
     "seed": {"default": 0, "type": int},
     "device": {"default": "cuda" if torch.cuda.is_available() else "cpu"},

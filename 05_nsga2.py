@@ -1,18 +1,16 @@
 """Chapter 5: multi-objective search (paper, sections 4.5, 5.0.2, 5.3; NSGA-II, Deb et al., 2002).
 
 A student dominates another if it is nowhere worse and somewhere better. Students that none
-dominates are the first front (rank 0), those dominated only by them the second, and so on. Within a
-front, students with much room around them are kept, so that it stays wide.
+dominates are the first front (rank 0), those dominated only by them the second, and so on.
 
     objectives = predicted accuracy and robustness; MACs within the device's budget
     generation = random students                        # and the smallest, which fits any budget
     repeat:                                             # 100 times in the paper
         children = genes from two parents, some drawn anew; parents win tournaments of two
-        generation = the best half of parents and children    # by rank, then by room
-    chosen = the largest sum of both objectives on the first front
+        generation = the best half of parents and children    # by rank, then by room around them
+    chosen = the largest sum of both objectives on the first front    # the paper does not say which
 
-Two objectives keep every trade between them on the front; which student of it to take, here that of
-the largest sum, is decided last (the paper does not say).
+Two objectives keep every trade between them on the front: which one to take is decided last.
 
 New here: all but the predictor (chapter 4). The figures stand last and may be skipped.
 
@@ -60,13 +58,12 @@ def nsga2(net, evaluate, population, generations, mutation, seed):
     (students, objectives, violations), best first."""
     rng = random.Random(f"{seed} search")  # not chapter 4's, which would draw the same students
 
-    def fill(students, draw):  # `population` more, all different; fewer, if draw() finds none
+    def fill(students, draw):  # `population` new ones, all different; fewer if draw() repeats
         together = {tuple(student.values()): student for student in students}
         for _ in range(20 * population):
-            if len(together) == len(students) + population:
-                break
-            student = draw()
-            together[tuple(student.values())] = student
+            if len(together) < len(students) + population:
+                student = draw()
+                together[tuple(student.values())] = student
         return list(together.values())[len(students) :]
 
     def child(parents):  # they are sorted, best first: of two random places the lower one wins
@@ -80,8 +77,7 @@ def nsga2(net, evaluate, population, generations, mutation, seed):
         parents = generation[0]
         children = fill(parents, lambda: child(parents))
         if children:
-            scores = zip(generation[1:], evaluate(children))  # objectives, violations
-            scores = [np.concatenate(pair) for pair in scores]  # of parents and children
+            scores = [np.concatenate(pair) for pair in zip(generation[1:], evaluate(children))]
             generation = survivors(parents + children, *scores, population)
     return first, generation
 
@@ -141,10 +137,7 @@ def breed(net, mother, father, mutation, rng):
 
 def main():
     args = read_flags(
-        max_macs={
-            "type": float,
-            "help": "in millions; default 2000, or the middle if all are less",
-        },
+        max_macs={"type": float, "help": "in millions; default 2000, or the middle of all below"},
         figures={"action": "store_true", "help": "only draw what is in the folder"},
     )
     end = f"_{args.sampling}" * (args.sampling != "progressive")
@@ -155,13 +148,14 @@ def main():
     source = load(args.out / fitted, args.common)
     net = source["net"]
     least, most = (cost(net, net["students"][name])[1] / 1e6 for name in ("smallest", "largest"))
-    budget = args.max_macs or (2000.0 if most > 2000 else round((least + most) / 2, 1))
+    budget = 2000.0 if most > 2000 else round((least + most) / 2, 1)
+    if args.max_macs is not None:
+        budget, end = args.max_macs, f"{end}_{args.max_macs:.12g}M"
     if not least <= budget <= 1000 * most:  # far above: not in millions
         ends = f"the smallest student's are {least:.4g}, the largest's {most:.4g}"
         sys.exit(f"--max-macs is in millions: {ends}")
     settings = source["settings"] | args.settings | {fitted: source["checksum"]}
     settings["05 max_macs"] = budget
-    end += f"_{args.max_macs:.12g}M" if args.max_macs else ""
     checkpoint, exported = args.out / f"05_search{end}.pt", args.out / f"student{end}.pt2"
     if checkpoint.exists():
         print(f"{checkpoint} is finished (delete it to redo it)")
@@ -301,7 +295,7 @@ def sample(net, rng):
 
 # ---- Files and flags, the same in every chapter --------------------------------------------------
 def run_missing(args, *files):
-    """Run the earlier chapters of files that are missing, if all files after them are, too."""
+    """Run the chapter of each file that is missing together with all files listed after it."""
     for i, name in enumerate(files):
         if not any((args.out / later).exists() for later in files[i:]):
             print(f"{args.out / name} is missing")
@@ -318,7 +312,7 @@ def run_chapter(args, script, *flags):
 def save(path, settings, **content):
     """Write what load() reads, whole or not at all. A finished file is never overwritten: one that
     another job has made by now is kept; exits if its settings differ."""
-    if path.exists() and load(path, settings) and path.suffix == ".pt":
+    if path.exists() and load(path, settings) and path.suffix == ".pt":  # load() may exit
         return
     identity = io.BytesIO()  # of all but the rows, in which seconds stand
     torch.save([settings, {name: content[name] for name in content if name != "rows"}], identity)
@@ -359,7 +353,7 @@ COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
     "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
     "preset": {"choices": PRESETS, "help": "of networks and numbers; default: paper, for toy tiny"},
-    "sampling": {"default": "progressive", "help": "in chapters 3 to 5: progressive or random"},
+    "sampling": {"default": "progressive", "choices": ["progressive", "random"]},
     "out": {"type": Path, "help": "folder; default: runs/<dataset>-<net>-<preset>-seed<seed>"},
     "seed": {"default": 0, "type": int},
     "device": {"default": "cuda" if torch.cuda.is_available() else "cpu"},
@@ -428,16 +422,11 @@ def figures(args):
             label = name.removeprefix("04_predictor").strip("_") or "progressive"
             label += f", eps {settings['04 eps']:g}, PGD-{settings['04 steps']}"
             teacher = [row for row in rows["widths"] if row["student"] == "teacher"]
+            narrow, test, panels = rows["widths"][len(teacher) :], rows["predictions"], []
             clouds[label] = ("dots", points(rows["students"], *axes))
-            if teacher:
-                clouds[f"teacher: {label}"] = ("dots", points(teacher, *axes))
-            panels = []  # figure 9
-            for key in axes:
-                lines[f"{key}: {label}"] = (
-                    "line",
-                    points(rows["widths"][len(teacher) :], "student", key),
-                )
-                test = rows["predictions"]
+            clouds |= {f"teacher: {label}": ("dots", points([row], *axes)) for row in teacher}
+            for key in axes:  # figure 9
+                lines[f"{key}: {label}"] = ("line", points(narrow, "student", key))
                 series = {"students": ("dots", points(test, key, f"predicted_{key}"))}
                 series["as measured"] = ("line", points(test, key, key))
                 panels.append((f"measured {key} accuracy, %", "predicted, %", series))
@@ -465,10 +454,8 @@ def figures(args):
 
 def points(rows, x, y):
     """Pairs of two columns, accuracies in %."""
-    accuracy = [key.startswith(("nat", "rob", "pred")) and not key.endswith("kl") for key in (x, y)]
-    return [
-        (row[x] * (100 if accuracy[0] else 1), row[y] * (100 if accuracy[1] else 1)) for row in rows
-    ]
+    percent = lambda key: 100 if key[:3] in ("nat", "rob", "pre") and key[-2:] != "kl" else 1
+    return [(percent(x) * row[x], percent(y) * row[y]) for row in rows]
 
 
 def costs(made):
@@ -477,7 +464,7 @@ def costs(made):
     if not {"03_progressive", "04_predictor", "05_search"} <= made.keys():
         return []
 
-    def seconds(rows):  # a suspended laptop is no work
+    def seconds(rows):  # the median: time for which a laptop was suspended does not count
         return median(row["seconds"] for row in rows) * len(rows)
 
     shared, alone = made["03_progressive"], []
@@ -487,15 +474,16 @@ def costs(made):
                 alone.append(seconds(file["rows"]))
             else:
                 print(f"figure 8 leaves out {name}, whose flags are not 03_progressive's")
-    if not alone:
-        return []
     once = seconds(shared["rows"]) + seconds(made["04_predictor"]["rows"]["students"])
-    each, search = sum(alone) / len(alone), seconds(made["05_search"]["rows"]["best"])
-    print(f"50 devices: {50 * each / (once + 50 * search):.3g} times cheaper to train (paper: 60)")
-    return [
-        {"devices": n, "retraining": n * each / 3600, "ProARD": (once + n * search) / 3600}
-        for n in range(1, 51)
-    ]
+    search = seconds(made["05_search"]["rows"]["best"])
+    rows = []
+    for n in range(1, 51) if alone else ():
+        each = n * sum(alone) / len(alone)
+        rows.append({"devices": n, "retraining": each / 3600, "ProARD": (once + n * search) / 3600})
+    if rows:
+        times = rows[-1]["retraining"] / rows[-1]["ProARD"]
+        print(f"50 devices: {times:.3g} times cheaper to train (paper: 60)")
+    return rows
 
 
 COLOURS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a8a8a", "#b8860b"  # for the colour-blind

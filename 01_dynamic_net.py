@@ -3,8 +3,8 @@
 One set of weights holds trillions of networks (tiny: thousands). A student is a genotype, a choice
 for each gene. Its weights are the leading slices of the shared ones, so it costs nothing to make.
 
-    depth      blocks of a stage (ResNet: beyond the least), or a second layer of the stem
-    width      channels of a stage, of the stem, of its middle, as a share of the largest's
+    depth      blocks of a stage (ResNet: extra ones); of the stem: has it a second layer?
+    width      channels of a stage, of the stem, of its first layers, as a share of the largest's
     kernel     side of a depthwise kernel (MobileNet, in place of widths)
     expand     channels inside a block, as a multiple of its output's (MobileNet: of its input's)
 
@@ -19,23 +19,19 @@ for each gene. Its weights are the leading slices of the shared ones, so it cost
     python 01_dynamic_net.py --dataset cifar10 --net mbv3   # the paper's Dyn-MobileNetV3
 
 reads   the images of --dataset: cifar10, cifar100, toy, or a folder of train/ and test/<class>/*
-writes  01_images.pt        all images; no later chapter reads --dataset
+writes  01_images.pt        all images, for later chapters
         01_dynamic_net.pt   the network: genes, sizes, and the shared weights, drawn at random
-        01_students.csv     some students; "alone differs": the largest difference from the logits
-                            of a network that has only this slice
+        01_students.csv     some students, and what they cost
 """
 
 import argparse
-import csv
-import hashlib
-import io
 import math
 import os
 import random
-import shlex
 import signal
 import sys
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -86,7 +82,7 @@ class Network:
         return F.conv2d(x, weight, shift, stride, kernel // 2, groups=groups)
 
     def conv_bn(self, name, x, out, kernel=1, stride=1, depthwise=False):
-        """A convolution and its batch norm, which has the batch's statistics, as in training."""
+        """A convolution and its batch norm, which has the batch's statistics until it is folded."""
         x = self.conv(name, x, out, kernel, stride, depthwise, bias=self.folded)
         if self.folded:
             return x
@@ -118,9 +114,8 @@ class Network:
                 stride = 1  # of the blocks that follow
         if self.mobile:
             x = F.hardswish(self.conv_bn("head_1", x, net["head"][0]))
+            x = F.hardswish(self.conv("head_2", x.mean((2, 3), keepdim=True), net["head"][1]))
         x = x.mean((2, 3), keepdim=True)  # (B, channels, 1, 1)
-        if self.mobile:
-            x = F.hardswish(self.conv("head_2", x, net["head"][1]))
         return self.conv("classifier", x, len(net["classes"]), bias=True).flatten(1).float()
 
     def block(self, name, x, out, stride, act, gated):
@@ -227,11 +222,14 @@ def make_net(name, preset, classes):
     (4.17 M; paper 4.21)."""
     net = {**NETWORKS[name, "tiny" if preset == "tiny" else "paper"], "classes": classes}
     net["genes"], net["switches"] = make_genes(net)
-    places = {"largest": -1, "middle": 1, "smallest": 0}
-    net["students"] = {name: student_at(net, place) for name, place in places.items()}
-    usual = net["usual"]  # of a gene, or of all of a kind
-    usual = {gene: usual.get(gene, usual[gene.split("_")[0]]) for gene in net["genes"]}
-    net["students"]["usual"] = canonical(net, usual)
+    usual, genes = net["usual"], net["genes"].items()  # usual: of a gene, or of all of a kind
+    students = {
+        "largest": {gene: choices[-1] for gene, choices in genes},
+        "middle": {gene: choices[1] for gene, choices in genes},  # the second of 2 or 3
+        "smallest": {gene: choices[0] for gene, choices in genes},
+        "usual": {gene: usual.get(gene, usual[gene.split("_")[0]]) for gene, _ in genes},
+    }
+    net["students"] = {name: canonical(net, student) for name, student in students.items()}
     return net
 
 
@@ -263,11 +261,6 @@ def sample(net, rng):
     return canonical(net, {gene: rng.choice(choices) for gene, choices in net["genes"].items()})
 
 
-def student_at(net, place):
-    """The student with this choice of every gene: 0 the smallest, 1 the second, -1 the largest."""
-    return canonical(net, {gene: choices[place] for gene, choices in net["genes"].items()})
-
-
 def count_students(net):
     """How many genotypes the network holds, exactly (section 4.3; paper: 2e19, MobileNet). Genes
     of a block that is off do not count, so the forms of a stage add up over its depths."""
@@ -288,10 +281,9 @@ def main():
     if not pixels.exists():
         save(pixels, args.common, **read_images(args))
     images = load(pixels, args.common)
-    settings = {**args.common, "01_images.pt": images["checksum"]}
     if checkpoint.exists():
         print(f"{checkpoint} is finished (delete it to redo it)")
-        load(checkpoint, settings)  # exits if it has other settings
+        load(checkpoint, images["settings"])  # exits if it has other settings
         return finish(args, [], [checkpoint], CHAPTERS[1])
     show_slice()
     for part in ("train", "held_out", "test"):
@@ -305,20 +297,18 @@ def main():
     shared, rng = random_weights(net), random.Random(args.seed)
     students = net["students"] | {f"random_{i}": sample(net, rng) for i in range(1, 6)}
     print(f"random_1 (0: its block is switched off): {students['random_1']}\n")
-    x, rows = images["data"]["test"][:8] / 255, []
+    x, rows = images["data"]["test"][:1] / 255, []
     for name, student in students.items():
         network = Network(net, shared, student)
-        logits = network(x)
-        alone = Network(net, {key: part.clone() for key, part in network.slices.items()}, student)
+        network(x)  # now it has its slices; transforming kernels is no cost of a student
         with FlopCounterMode(display=False) as counter:
-            network(x[:1])
-        row = {"student": name, **student}
-        row["params"] = sum(part.numel() for part in network.slices.values())
-        row["macs"] = counter.get_total_flops() // 2  # of one image; a multiply-accumulate is two
-        rows.append({**row, "alone differs": (alone(x) - logits).abs().max().item()})
+            network(x)
+        rows.append({"student": name, **student})
+        rows[-1]["params"] = sum(part.numel() for part in network.slices.values())
+        rows[-1]["macs"] = counter.get_total_flops() // 2  # a multiply-accumulate is two
     table = [{key: row[key] for key in row if key not in net["genes"]} for row in rows]
     write_csv(args.out / "01_students.csv", rows)
-    save(checkpoint, settings, net=net, weights=shared)
+    save(checkpoint, images["settings"], net=net, weights=shared)
     finish(args, table, [pixels, checkpoint, args.out / "01_students.csv"], CHAPTERS[1])
 
 
@@ -326,7 +316,7 @@ def main():
 def read_images(args):
     """`data`: {train, held_out, test}, uint8 (N, 3, 32, 32), {...}_labels (N,), calibration: one
     draw of augmented training images, for the batch-norm statistics of students that are judged;
-    and `classes`, their names. A tenth of the training images is held out, for all seeds."""
+    and `classes`, their names. For every seed the same tenth of training images is held out."""
     if args.dataset == "toy":
         train, test = toy_images(2000, 2 * args.seed), toy_images(400, 2 * args.seed + 1)
     elif args.dataset in ("cifar10", "cifar100"):
@@ -336,8 +326,8 @@ def read_images(args):
     pixels, labels, classes = train
     if classes != test[2]:
         sys.exit(f"{args.dataset}: train/ and test/ differ in {sorted({*classes} ^ {*test[2]})}")
-    if len(classes) < 2:
-        sys.exit(f"{args.dataset} has one class only, {classes[0]}: at least two are needed")
+    if len(classes) < 2 or len(pixels) < 10:
+        sys.exit(f"{args.dataset}: at least two classes and ten training images are needed")
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
     held_out, kept = order.tensor_split([len(order) // 10])
     count = 500 if args.preset == "tiny" else 2000
@@ -362,9 +352,7 @@ def toy_images(count, seed):
     colour = rng.uniform(-0.4, 0.4, (count, 3, 1, 1))
     images = rng.normal(0.5, 0.04, (count, 3, 32, 32)) + colour * stripes
     pixels = (255 * images.clip(0, 1)).astype(np.uint8)  # (N, 3, 32, 32)
-    widths, ways = "wide medium narrow".split(), "upright level slanted".split()
-    names = [f"{width} {way}" for width in widths for way in ways]
-    return torch.from_numpy(pixels), torch.from_numpy(labels), names
+    return torch.from_numpy(pixels), torch.from_numpy(labels), [f"stripes {i}" for i in range(9)]
 
 
 def cifar_images(name, train):
@@ -418,49 +406,44 @@ def augment(images):
 
 # ---- Files and flags, the same in every chapter --------------------------------------------------
 def save(path, settings, **content):
-    """Write what load() reads, whole or not at all. A finished file is never overwritten: one that
-    another job has made by now is kept; exits if its settings differ."""
-    if path.exists() and load(path, settings) and path.suffix == ".pt":  # load() may exit
+    """Write what load() reads, whole or not at all. A finished file, which another job may have
+    made by now, is never overwritten: it is kept; exits if its settings differ."""
+    if path.suffix == ".pt" and path.exists():
+        load(path, settings)  # may exit
         return
-    identity = io.BytesIO()  # of all but the rows, in which seconds stand
-    torch.save([settings, {name: content[name] for name in content if name != "rows"}], identity)
-    content["checksum"] = hashlib.sha256(identity.getbuffer()).hexdigest()[:12]
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    torch.save({"settings": settings, **content}, temporary)
+    with open(temporary, "wb") as file:  # given a path, torch.save would store its name
+        torch.save({"settings": settings, **content}, file)
     temporary.replace(path)
 
 
 def load(path, settings):
-    """What save() wrote. Its settings are all flags and checksums that led to it; exits if one of
-    them is not as in `settings`, or as in the file of that name in the folder."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    expected = {**settings}
+    """What save() wrote. Its settings are all flags, and the checksums of all files, that led to
+    it; exits if a flag differs from `settings`, or a checksum from the folder's file."""
+    content, expected = torch.load(path, map_location="cpu", weights_only=True), {**settings}
     for source in path.parent.glob("*.pt"):
         if source.name in content["settings"]:
-            expected[source.name] = torch.load(source, weights_only=True, mmap=True)["checksum"]
+            expected[source.name] = crc32(source.read_bytes())
     for name, value in expected.items():
         old = content["settings"].get(name)
         if old != value:
             sys.exit(f"{path}: {name} was {old}, is {value}: delete the file, or use another --out")
+    content["settings"][path.name] = crc32(path.read_bytes())  # for what is made from it
     return content
 
 
 def write_csv(path, rows):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, rows[0], lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+    lines = [rows[0], *(row.values() for row in rows)]  # of names and numbers, without commas
+    path.write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
 
 
 CHAPTERS = """01_dynamic_net.py 02_teacher_trades.py 03_progressive_rslad.py 04_predictor.py
 05_nsga2.py""".split()
 
-PRESETS = ["paper", "quick", "tiny"]
-
 COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
     "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
-    "preset": {"choices": PRESETS, "help": "of networks and numbers; default: paper, for toy tiny"},
+    "preset": {"choices": ["paper", "quick", "tiny"], "help": "default: paper, for toy tiny"},
     "sampling": {"default": "progressive", "choices": ["progressive", "random"]},
     "out": {"type": Path, "help": "folder; default: runs/<dataset>-<net>-<preset>-seed<seed>"},
     "seed": {"default": 0, "type": int},
@@ -470,7 +453,7 @@ COMMON = {  # flags of every chapter, which it passes on to those that it runs
 
 def read_flags(**others):
     """All flags; those `given`, to pass on; `common` and `settings`, which files are made with."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = sys.exit  # one line
     for flag, (*values, least, most, text) in FLAGS.items():
@@ -483,12 +466,10 @@ def read_flags(**others):
     args.preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
     for flag, (*values, least, most, text) in FLAGS.items():
         if flags[flag] is None:
-            flags[flag] = values[PRESETS.index(args.preset)]
+            flags[flag] = values[COMMON["preset"]["choices"].index(args.preset)]
         if not least <= flags[flag] <= most:
             sys.exit(f"{flag} is {flags[flag]}, not {least} to {most}: {text}")
     args.settings = {f"{STAGE} {flag}": flags[flag] for flag in FLAGS}
-    if args.dataset not in ("cifar10", "cifar100", "toy"):
-        args.dataset = str(Path(args.dataset).resolve())
     args.common = {name: flags[name] for name in ("dataset", "net", "preset", "seed")}
     folder = f"{Path(args.dataset).name}-{args.net}-{args.preset}-seed{args.seed}"
     args.out = args.out or Path("runs", folder)
@@ -497,12 +478,11 @@ def read_flags(**others):
 
 def finish(args, rows, wrote, following=""):
     """Print a table, the files that were written, and the next command."""
-    if rows:
-        for line in [rows[0], *(row.values() for row in rows)]:
-            print(*(format(cell, ">14.4g" if isinstance(cell, float) else ">14") for cell in line))
+    for line in [*rows[:1], *(row.values() for row in rows)]:
+        print(*(format(cell, ">14.4g" if isinstance(cell, float) else ">14") for cell in line))
     print("wrote", *wrote)
     if following:
-        print("next: python", following, shlex.join(args.given))
+        print("next: python", following, *args.given)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ most eps, as it answers the original:
     keep the epoch with the best accuracy under PGD on held-out training images
 
 Adversarial training overfits in robustness first (Rice et al., 2020), so an epoch is chosen. Test
-images are for final numbers only, and those are all made here, in table 1.
+images are for final numbers only, which all come from this chapter's table 1.
 
 New here: pgd, trades_loss, main, judging, table 1 and the export, the CUDA graph, resuming.
 
@@ -19,24 +19,20 @@ New here: pgd, trades_loss, main, judging, table 1 and the export, the CUDA grap
     python 02_teacher_trades.py --judge              # table 1 of this folder, as chapter 5 runs it
 
 reads   01_images.pt, 01_dynamic_net.pt (made first if missing)
-writes  02_teacher.pt, _log.csv    the best epoch's weights; a row for each epoch (02_usual...)
+writes  02_teacher.pt, .csv        the best epoch's weights; a row for each epoch (02_usual...)
         table1.csv, student.pt2    with --judge; the students of chapter 5's searches, exported
 """
 
 import argparse
 import copy
-import csv
-import hashlib
-import io
-import math
 import os
-import shlex
 import signal
 import subprocess
 import sys
 import time
-from math import inf
+from math import cos, inf, isfinite, pi
 from pathlib import Path
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -45,10 +41,9 @@ from torch.utils.flop_counter import FlopCounterMode
 torch.backends.cudnn.allow_tf32 = False  # judging is in float32
 
 STAGE = "02"
-STUDENTS = "largest", "middle", "smallest", "usual"  # chapter 1 says what they are
 FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
     "epochs": (300, 10, 5, 1, inf, "epochs of adversarial training; paper 300 (section 5.0.1)"),
-    "lr": (0.01, 0.05, 0.15, 0, inf, "peak learning rate; paper 0.01"),
+    "lr": (0.01, 0.05, 0.15, 0, inf, "learning rate, before warm-up and cosine; paper 0.01"),
     "warmup": (5 / 300, 0.1, 0.2, 1e-9, 1, "share of the run in which lr rises; paper silent"),
     "batch_size": (128, 128, 64, 1, inf, "images in an iteration; paper 128"),
     "beta": (6.0, 6.0, 6.0, 0, inf, "weight of the robust term; TRADES' 6"),
@@ -63,7 +58,7 @@ FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
 def pgd(loss, x, noise, eps, step_size, steps):
     """Projected gradient ascent (Madry et al., 2018), the maximum in equation 1: images x' of a
     large loss(x'), with |x' - x| <= eps in each pixel and 0 <= x' <= 1."""
-    gradient = Replayed(lambda z: input_gradient(loss, z))
+    gradient = Replayed(lambda z: input_gradient(loss, z))  # Replayed: for speed only
     x_adv = (x + noise).clamp(0, 1)
     for _ in range(steps):
         x_adv = x_adv + step_size * gradient(x_adv).sign()  # up, by the same in each pixel
@@ -101,74 +96,72 @@ def kl(target, logits):
 
 
 def main():
+    names = ["largest", "middle", "smallest", "usual"]  # chapter 1 says what they are
     args = read_flags(
-        student={"choices": STUDENTS, "help": "train this one; default: the largest, the teacher"},
+        student={"default": "largest", "choices": names, "help": "to train; largest: the teacher"},
         judge={"action": "store_true", "help": "train nothing: table 1 of what is in the folder"},
     )
-    run_missing(args, "01_images.pt")
     run_missing(args, "01_dynamic_net.pt")
-    device, name = torch.device(args.device), args.student or "largest"
+    device = torch.device(args.device)
     # {train, held_out, test, calibration}: uint8 (N, 3, 32, 32); {...}_labels: (N,)
     data = moved(load(args.out / "01_images.pt", args.common)["data"], device)
     if args.judge:
         return table1(args, data)
     source = load(args.out / "01_dynamic_net.pt", args.common)
-    settings = source["settings"] | args.settings | {"01_dynamic_net.pt": source["checksum"]}
-    net, student, file = source["net"], source["net"]["students"][name], args.student or "teacher"
-    checkpoint, state, log = (args.out / f"02_{file}{end}" for end in (".pt", ".state", "_log.csv"))
-    shared = moved(source["weights"], device, learn=True)
+    net, settings = source["net"], source["settings"] | args.settings
+    student = net["students"][args.student]
+    name = "teacher" if args.student == "largest" else args.student
+    checkpoint = args.out / f"02_{name}.pt"
+    made = resume(checkpoint, settings)
+    rows, best = made["rows"], made.get("best")  # best: weights of the best epoch
+    shared = moved(made.get("weights", source["weights"]), device, learn=True)
     optimizer = torch.optim.SGD(shared.values(), momentum=0.9, weight_decay=2e-4)  # 5.0.1
-    made = resume(checkpoint, state, settings, shared, optimizer)
-    rows, best = made["rows"], made.get("best", shared)  # best: weights of the best epoch
+    if "sgd" in made:
+        optimizer.load_state_dict(made["sgd"])
     batch = min(args.batch_size, len(data["train"]))
     batches = len(data["train"]) // batch  # of an epoch; an incomplete one is left out
-    if batches * args.epochs == 1:
-        sys.exit("the last iteration's learning rate is 0: use more --epochs")
     held_out = [data[part][: args.val_images] for part in ("held_out", "held_out_labels")]
     attack = args.eps / 255, args.step_size / 255, args.steps
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     print(f"TRADES, {name}, {args.epochs} epochs, on {device} in {'bf16' if bf16 else 'float32'}")
 
     for epoch in range(len(rows), args.epochs):
         start, losses = time.monotonic(), []
         torch.manual_seed(args.seed * 10**6 + epoch)  # so a run that is resumed draws the same
-        order = torch.randperm(len(data["train"])).to(device)
-        picks = order.split(batch)[:batches]
+        picks = torch.randperm(len(data["train"])).to(device).split(batch)[:batches]
         for pick in counted(f"epoch {epoch + 1}:", picks, rounds=args.epochs - epoch):
             x, y = augment(data["train"][pick]) / 255, data["train_labels"][pick]
             network = Network(net, shared, student)  # f: slices of the weights as they are now
-            with precision:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss, parts = trades_loss(network, x, y, args.beta, attack)
             losses.append(torch.stack([loss, *parts.values()]).detach())
             share = (epoch + len(losses) / batches) / args.epochs  # of the run
-            lr = optimizer.param_groups[0]["lr"] = learning_rate(share, args.lr, args.warmup)
+            lr = args.lr * min(share / args.warmup, (1 + cos(pi * share)) / 2)  # up, then a cosine
+            optimizer.param_groups[0]["lr"] = lr
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
         means = torch.stack(losses).mean(0).tolist()
-        if not math.isfinite(means[0]):
+        if not isfinite(means[0]):
             sys.exit("the loss is not finite: use a lower --lr")
         row = {"epoch": epoch + 1, "lr": lr, **dict(zip(["loss", *parts], means))}
-        judged = calibrated(Network(net, shared, student), data["calibration"])
-        row["natural"], row["robust"] = judge(judged, *held_out, *attack)
+        network = calibrated(Network(net, shared, student), data["calibration"])
+        row["natural"], row["robust"] = judge(network, *held_out, *attack)
         if all(row["robust"] > earlier["robust"] for earlier in rows):
             best = moved(shared, "cpu")
         rows.append({**row, "seconds": time.monotonic() - start})
         print(", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()), flush=True)
-        training = {"weights": shared, "sgd": optimizer.state_dict()}
-        save(state, settings, **training, rows=rows, best=best)
-        write_csv(log, rows)
+        training = {"weights": shared, "sgd": optimizer.state_dict(), "best": best}
+        save(checkpoint.with_suffix(".state"), settings, **training, rows=rows)
 
-    weights = {layer: best[layer] for layer in shared}
-    save(checkpoint, settings, net=net, weights=weights, students={name: student}, rows=rows)
-    state.unlink(missing_ok=True)
-    write_csv(log, rows)
-    chosen = max(rows, key=lambda row: row["robust"])
-    table = [{name: chosen[name] for name in ("epoch", "loss", "natural", "robust")}]
-    following = f"{CHAPTERS[1]} --judge" if args.student else CHAPTERS[2]
-    finish(args, table, [checkpoint, log], following)
+    judged = {args.student: student}  # in table 1
+    save(checkpoint, settings, net=net, weights=best, students=judged, rows=rows)
+    checkpoint.with_suffix(".state").unlink(missing_ok=True)
+    write_csv(checkpoint.with_suffix(".csv"), rows)
+    table = [max(rows, key=lambda row: row["robust"])]
+    following = f"{CHAPTERS[1]} --judge" if name != "teacher" else CHAPTERS[2]
+    finish(args, table, [checkpoint, checkpoint.with_suffix(".csv")], following)
 
 
 # ---- Judging: batch norms with statistics of the student's own, and the attack -------------------
@@ -198,27 +191,25 @@ def calibrated(network, images):
 
 @torch.no_grad()
 def judge(network, images, labels, eps, step_size, steps, batch=100):
-    """(natural, robust) accuracy, shares of 1: of uint8 images (N, 3, 32, 32) those that are right,
-    and those still right after PGD on the cross-entropy. All start from one random noise, so that
-    no answer depends on the batch; with one step (FGSM) from the image."""
+    """[natural, robust] accuracy, shares of 1: of uint8 images (N, 3, 32, 32) those that are right,
+    and those still right after PGD on the cross-entropy. Every image gets the same noise at first,
+    so batches do not matter; with one step (FGSM) it gets none."""
     noise = 2 * torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
     noise = noise.to(images.device) * (eps if steps > 1 else 0)
-    natural = torch.cat([network(x / 255).argmax(1) for x in images.split(batch)]) == labels
-    robust = torch.zeros_like(natural)
-    for pick in natural.nonzero()[:, 0].split(batch):
-        if images.is_cuda:  # filled up: cuDNN meets one shape, and builds its kernels once
-            pick = pick.repeat(batch)[:batch]
-        x, y = images[pick] / 255, labels[pick]
+    right = []
+    for x, y in zip(images.split(batch), labels.split(batch)):
+        x = x / 255
         x_adv = pgd(lambda z: F.cross_entropy(network(z), y), x, noise, eps, step_size, steps)
-        robust[pick] = network(x_adv).argmax(1) == y
-    return natural.sum().item() / len(labels), robust.sum().item() / len(labels)
+        natural = network(x).argmax(1) == y
+        right.append(torch.stack([natural, natural & (network(x_adv).argmax(1) == y)]))
+    return torch.cat(right, 1).double().mean(1).tolist()
 
 
 # ---- Table 1: all that is in the folder, on the test images --------------------------------------
 def table1(args, data):
     """Judge on the test images (section 5.4) the students of all files of the folder, by FGSM, one
     step of eps, and PGD, 20 of 2/255; export those that searches chose (05_*.pt)."""
-    rows, exports, labels = [], {}, data["test_labels"]
+    rows, labels, eps = [], data["test_labels"], args.eps / 255
     share = labels.bincount().max().item() / len(labels)
     print(f"table 1: {len(labels)} test images, {share:.0%} of the largest class")
     for path in sorted(args.out.glob("0[235]_*.pt")):
@@ -233,22 +224,20 @@ def table1(args, data):
             judged = calibrated(network, data["calibration"])
             with FlopCounterMode(display=False) as counter:
                 judged(data["test"][:1] / 255)
-            test = judged, data["test"], labels, args.eps / 255
             row = {"file": path.stem, "student": name, "eps": args.eps}
             row["params"] = sum(part.numel() for part in network.slices.values())
             row["macs"] = counter.get_total_flops() // 2
-            row["natural"], row["fgsm"] = judge(*test, args.eps / 255, 1)
-            row["pgd20"] = judge(*test, 2 / 255, 20)[1]
+            test = judged, data["test"], labels
+            row["natural"], row["fgsm"] = judge(*test, eps, eps, 1)
+            row["pgd20"] = judge(*test, eps, 2 / 255, 20)[1]
             rows.append(row)
-            if path.stem.startswith("05"):
-                file = path.stem.replace("05_search", "student")
-                exports[args.out / f"{file}.pt2"] = judged, made["net"]["classes"]
+            if path.stem.startswith("05_search"):
+                file = f"student{path.stem.removeprefix('05_search')}.pt2"
+                export(judged, made["net"]["classes"], args.out / file)
     if not rows:
         sys.exit(f"nothing to judge in {args.out}: {CHAPTERS[1]} trains a teacher")
     write_csv(args.out / "table1.csv", rows)
-    for path, student in exports.items():
-        export(*student, path)
-    finish(args, rows, [args.out / "table1.csv", *exports])
+    finish(args, rows, [args.out / "table1.csv", *sorted(args.out.glob("student*.pt2"))])
 
 
 def export(network, classes, path):
@@ -261,17 +250,15 @@ def export(network, classes, path):
     module.forward = network.__call__
     shapes, x = ({0: torch.export.Dim("batch")},), torch.zeros(2, 3, 32, 32)
     program = torch.export.export(module, (x,), dynamic_shapes=shapes, strict=False)
-    temporary = path.with_name(f"{os.getpid()}.tmp.pt2")  # whole or absent
-    torch.export.save(program, temporary, extra_files={"names": "\n".join(classes)})
-    temporary.replace(path)
+    torch.export.save(program, path, extra_files={"names": "\n".join(classes)})
 
 
 # ---- Speed only: the attack's gradient as a CUDA graph -------------------------------------------
 class Replayed:
-    """function(x), on a GPU recorded as a CUDA graph at the second call (the first warms up) and
-    replayed from then on: one launch in place of a thousand. Without it attacks are the same, up to
-    rounding. What Python decides inside (the student, .item()) is frozen, so each attack records a
-    graph of its own, in the last one's memory. (torch.cuda.graph would wait for the GPU.)"""
+    """function(x); on a GPU its second call is recorded as a CUDA graph, which later ones replay:
+    one launch in place of a thousand. Without it attacks are the same, up to rounding. What Python
+    decides inside (the student, .item()) is frozen: each attack records anew, in the same memory.
+    """
 
     last = None  # the stream to record on, and the last graph
 
@@ -309,24 +296,16 @@ def counted(name, items, rounds=1):
         yield item
 
 
-def learning_rate(share, peak, warmup):
-    """Linear warm-up to the peak, then a cosine to 0; share: of the iterations, 0 to 1."""
-    return peak * min(share / warmup, (1 + math.cos(math.pi * share)) / 2)
-
-
-def resume(checkpoint, state, settings, shared, optimizer):
-    """What the checkpoint holds; or else the state, with its weights and momentum in place."""
+def resume(checkpoint, settings):
+    """What the checkpoint holds, or else the state of a run that was stopped, or no rows yet."""
+    state = checkpoint.with_suffix(".state")
     if checkpoint.exists():
         print(f"{checkpoint} is finished (delete it to redo it)")
         return load(checkpoint, settings)
-    if not state.exists():
-        return {"rows": []}
-    made = load(state, settings)
-    for name, weight in shared.items():
-        weight.data.copy_(made["weights"][name])
-    optimizer.load_state_dict(made["sgd"])
-    print(f"resuming {state} after epoch {len(made['rows'])}")
-    return made
+    if state.exists():
+        print(f"resuming {state}")
+        return load(state, settings)
+    return {"rows": []}
 
 
 def moved(tensors, device, learn=False):
@@ -338,7 +317,6 @@ def run_missing(args, *files):
     """Run the chapter of each file that is missing together with all files listed after it."""
     for i, name in enumerate(files):
         if not any((args.out / later).exists() for later in files[i:]):
-            print(f"{args.out / name} is missing")
             run_chapter(args, CHAPTERS[int(name[:2]) - 1])
 
 
@@ -393,7 +371,7 @@ class Network:
         return F.conv2d(x, weight, shift, stride, kernel // 2, groups=groups)
 
     def conv_bn(self, name, x, out, kernel=1, stride=1, depthwise=False):
-        """A convolution and its batch norm, which has the batch's statistics, as in training."""
+        """A convolution and its batch norm, which has the batch's statistics until it is folded."""
         x = self.conv(name, x, out, kernel, stride, depthwise, bias=self.folded)
         if self.folded:
             return x
@@ -425,9 +403,8 @@ class Network:
                 stride = 1  # of the blocks that follow
         if self.mobile:
             x = F.hardswish(self.conv_bn("head_1", x, net["head"][0]))
+            x = F.hardswish(self.conv("head_2", x.mean((2, 3), keepdim=True), net["head"][1]))
         x = x.mean((2, 3), keepdim=True)  # (B, channels, 1, 1)
-        if self.mobile:
-            x = F.hardswish(self.conv("head_2", x, net["head"][1]))
         return self.conv("classifier", x, len(net["classes"]), bias=True).flatten(1).float()
 
     def block(self, name, x, out, stride, act, gated):
@@ -459,49 +436,44 @@ def augment(images):
 
 # ---- Files and flags, the same in every chapter --------------------------------------------------
 def save(path, settings, **content):
-    """Write what load() reads, whole or not at all. A finished file is never overwritten: one that
-    another job has made by now is kept; exits if its settings differ."""
-    if path.exists() and load(path, settings) and path.suffix == ".pt":  # load() may exit
+    """Write what load() reads, whole or not at all. A finished file, which another job may have
+    made by now, is never overwritten: it is kept; exits if its settings differ."""
+    if path.suffix == ".pt" and path.exists():
+        load(path, settings)  # may exit
         return
-    identity = io.BytesIO()  # of all but the rows, in which seconds stand
-    torch.save([settings, {name: content[name] for name in content if name != "rows"}], identity)
-    content["checksum"] = hashlib.sha256(identity.getbuffer()).hexdigest()[:12]
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    torch.save({"settings": settings, **content}, temporary)
+    with open(temporary, "wb") as file:  # given a path, torch.save would store its name
+        torch.save({"settings": settings, **content}, file)
     temporary.replace(path)
 
 
 def load(path, settings):
-    """What save() wrote. Its settings are all flags and checksums that led to it; exits if one of
-    them is not as in `settings`, or as in the file of that name in the folder."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    expected = {**settings}
+    """What save() wrote. Its settings are all flags, and the checksums of all files, that led to
+    it; exits if a flag differs from `settings`, or a checksum from the folder's file."""
+    content, expected = torch.load(path, map_location="cpu", weights_only=True), {**settings}
     for source in path.parent.glob("*.pt"):
         if source.name in content["settings"]:
-            expected[source.name] = torch.load(source, weights_only=True, mmap=True)["checksum"]
+            expected[source.name] = crc32(source.read_bytes())
     for name, value in expected.items():
         old = content["settings"].get(name)
         if old != value:
             sys.exit(f"{path}: {name} was {old}, is {value}: delete the file, or use another --out")
+    content["settings"][path.name] = crc32(path.read_bytes())  # for what is made from it
     return content
 
 
 def write_csv(path, rows):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, rows[0], lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+    lines = [rows[0], *(row.values() for row in rows)]  # of names and numbers, without commas
+    path.write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
 
 
 CHAPTERS = """01_dynamic_net.py 02_teacher_trades.py 03_progressive_rslad.py 04_predictor.py
 05_nsga2.py""".split()
 
-PRESETS = ["paper", "quick", "tiny"]
-
 COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
     "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
-    "preset": {"choices": PRESETS, "help": "of networks and numbers; default: paper, for toy tiny"},
+    "preset": {"choices": ["paper", "quick", "tiny"], "help": "default: paper, for toy tiny"},
     "sampling": {"default": "progressive", "choices": ["progressive", "random"]},
     "out": {"type": Path, "help": "folder; default: runs/<dataset>-<net>-<preset>-seed<seed>"},
     "seed": {"default": 0, "type": int},
@@ -511,7 +483,7 @@ COMMON = {  # flags of every chapter, which it passes on to those that it runs
 
 def read_flags(**others):
     """All flags; those `given`, to pass on; `common` and `settings`, which files are made with."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = sys.exit  # one line
     for flag, (*values, least, most, text) in FLAGS.items():
@@ -524,12 +496,10 @@ def read_flags(**others):
     args.preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
     for flag, (*values, least, most, text) in FLAGS.items():
         if flags[flag] is None:
-            flags[flag] = values[PRESETS.index(args.preset)]
+            flags[flag] = values[COMMON["preset"]["choices"].index(args.preset)]
         if not least <= flags[flag] <= most:
             sys.exit(f"{flag} is {flags[flag]}, not {least} to {most}: {text}")
     args.settings = {f"{STAGE} {flag}": flags[flag] for flag in FLAGS}
-    if args.dataset not in ("cifar10", "cifar100", "toy"):
-        args.dataset = str(Path(args.dataset).resolve())
     args.common = {name: flags[name] for name in ("dataset", "net", "preset", "seed")}
     folder = f"{Path(args.dataset).name}-{args.net}-{args.preset}-seed{args.seed}"
     args.out = args.out or Path("runs", folder)
@@ -538,12 +508,11 @@ def read_flags(**others):
 
 def finish(args, rows, wrote, following=""):
     """Print a table, the files that were written, and the next command."""
-    if rows:
-        for line in [rows[0], *(row.values() for row in rows)]:
-            print(*(format(cell, ">14.4g" if isinstance(cell, float) else ">14") for cell in line))
+    for line in [*rows[:1], *(row.values() for row in rows)]:
+        print(*(format(cell, ">14.4g" if isinstance(cell, float) else ">14") for cell in line))
     print("wrote", *wrote)
     if following:
-        print("next: python", following, shlex.join(args.given))
+        print("next: python", following, *args.given)
 
 
 if __name__ == "__main__":

@@ -20,24 +20,20 @@ New here: rslad_loss, draw, main, sort_channels, reorder; the rest is as in chap
     python 03_progressive_rslad.py --student usual       # RSLAD of one student, from random weights
 
 reads   01_images.pt, 02_teacher.pt; with --student 01_dynamic_net.pt (made first if missing)
-writes  03_progressive.pt, _log.csv (03_random..., 03_usual...)    weights; a row for each epoch
+writes  03_progressive.pt, .csv (03_random..., 03_usual...)    weights; a row for each epoch
 """
 
 import argparse
 import copy
-import csv
-import hashlib
-import io
-import math
 import os
 import random
-import shlex
 import signal
 import subprocess
 import sys
 import time
-from math import inf
+from math import cos, inf, isfinite, pi
 from pathlib import Path
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +43,7 @@ torch.backends.cudnn.allow_tf32 = False  # judging is in float32
 STAGE = "03"
 FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
     "epochs": (120, 4, 2, 1, inf, "of each of 3 phases (--student: one, as long as 3); paper 120"),
-    "lr": (0.01, 0.02, 0.36, 0, inf, "peak learning rate of each phase; paper 0.01"),
+    "lr": (0.01, 0.02, 0.36, 0, inf, "learning rate, before warm-up and cosine; paper 0.01"),
     "warmup": (5 / 120, 0.1, 0.1, 1e-9, 1, "share of a phase in which lr rises; paper silent"),
     "batch_size": (128, 128, 64, 1, inf, "images in an iteration; paper 128"),
     "alpha": (5 / 6, 5 / 6, 5 / 6, 0, 1, "weight of attacked images in equation 2; RSLAD's 5/6"),
@@ -56,8 +52,6 @@ FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
     "steps": (10, 10, 3, 1, inf, "of the training attack; paper 10"),
     "val_images": (1000, 1000, 100, 1, inf, "held-out images, for the log only"),
 }
-
-STUDENTS = "largest", "middle", "smallest", "usual"  # chapter 1 says what they are
 
 KINDS = "width", "kernel", "depth", "expand"  # ResNet has no kernels, MobileNetV3 no widths
 
@@ -74,9 +68,9 @@ def rslad_loss(network, teacher, x, alpha, attack):
     with torch.no_grad():
         target = teacher(x).log_softmax(1)  # log T(x), (B, classes)
     natural_kl = kl(target, network(x))  # this leaves batch-norm statistics of x in the network
-    # L_max: the attack, on the student with those statistics in all steps. That is faster than each
-    # step's own, and as good (students: +0.06 / +0.01 points). It starts slightly off x, because a
-    # student that answers as the teacher has no gradient there.
+    # L_max: the attack, on the student with those statistics in all steps. That is faster than with
+    # each step's own, and as good (students were 0.06 / 0.01 points better). It starts slightly off
+    # x, because a student that answers as the teacher has no gradient there.
     frozen, noise = fold_norms(network), 0.001 * torch.randn_like(x)
     x_adv = pgd(lambda z: kl(target, frozen(z)), x, noise, *attack)
     # L_min: the loss. Batch norm has the batch's statistics, as the teacher has: running averages
@@ -101,40 +95,37 @@ def draw(net, rng, varies, base):
 
 
 def main():
-    only = {"choices": STUDENTS, "help": "distil this one only, from random weights"}
-    args = read_flags(student=only)
-    file = args.student or args.sampling
+    names = ["largest", "middle", "smallest", "usual"]  # chapter 1 says what they are
+    args = read_flags(student={"choices": names, "help": "only this one, from random weights"})
     if args.student and args.sampling != "progressive":
         sys.exit("--sampling draws many students, --student is one: use one of them")
-    run_missing(args, "01_images.pt")
     run_missing(args, "01_dynamic_net.pt", "02_teacher.pt")
     device = torch.device(args.device)
     data = moved(load(args.out / "01_images.pt", args.common)["data"], device)
     source = load(args.out / "02_teacher.pt", args.common)
-    settings = source["settings"] | args.settings | {"02_teacher.pt": source["checksum"]}
-    checkpoint, state, log = (args.out / f"03_{file}{end}" for end in (".pt", ".state", "_log.csv"))
-    net, named, first = source["net"], source["net"]["students"], source["weights"]
-    base = named[args.student or "largest"]  # it has the genes that do not vary
-    phases, shown = VARIES[args.sampling], ["largest", "middle", "smallest"]
+    net, settings = source["net"], source["settings"] | args.settings
+    file = args.student or args.sampling
+    checkpoint = args.out / f"03_{file}.pt"
+    first, phases = source["weights"], VARIES[args.sampling]
+    base = net["students"][args.student or "largest"]  # it has the genes that do not vary
+    shown, kept = ["largest", "middle", "smallest"], ["largest", "usual"]  # kept: for table 1
     if args.student:
-        run_missing(args, "01_dynamic_net.pt")
         first = load(args.out / "01_dynamic_net.pt", args.common)["weights"]
-        phases, shown = [()], [args.student]
-    # A copy, which does not learn, with each batch's statistics, as the student has: so the largest
-    # student begins as the teacher, and only the method moves it.
-    teacher = Network(net, moved(source["weights"], device), named["largest"])
-    shared = moved(first, device, learn=True)
+        phases, shown, kept = [()], [args.student], [args.student]
+    # A copy that does not learn. Its batch norm has each batch's statistics, as the student's has:
+    # so the largest student begins as the teacher, and only the method moves it.
+    teacher = Network(net, moved(source["weights"], device), net["students"]["largest"])
+    made = resume(checkpoint, settings)
+    rows, shared = made["rows"], moved(made.get("weights", first), device, learn=True)
     optimizer = torch.optim.SGD(shared.values(), momentum=0.9, weight_decay=2e-4)  # 5.0.1
-    rows = resume(checkpoint, state, settings, shared, optimizer)["rows"]
+    if "sgd" in made:
+        optimizer.load_state_dict(made["sgd"])
     batch = min(args.batch_size, len(data["train"]))
     batches = len(data["train"]) // batch  # of an epoch; an incomplete one is left out
     epochs, epochs_of_phase = 3 * args.epochs, 3 * args.epochs // len(phases)
-    if batches * epochs_of_phase == 1:
-        sys.exit("the last iteration's learning rate is 0: use more --epochs")
     held_out = [data[part][: args.val_images] for part in ("held_out", "held_out_labels")]
     attack = args.eps / 255, args.step_size / 255, args.steps
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     print(f"RSLAD, {file}, {epochs} epochs, on {device} in {'bf16' if bf16 else 'float32'}")
 
     for epoch in range(len(rows), epochs):
@@ -145,18 +136,18 @@ def main():
             if "expand" in phases[phase] and "expand" not in sum(phases[:phase], ()):
                 sort_channels(net, shared)
         torch.manual_seed(args.seed * 10**6 + epoch)  # so a run that is resumed draws the same
-        order = torch.randperm(len(data["train"])).to(device)
-        picks = order.split(batch)[:batches]
+        picks = torch.randperm(len(data["train"])).to(device).split(batch)[:batches]
         rng = random.Random(f"{args.seed} {epoch}")
         for pick in counted(f"epoch {epoch + 1}:", picks, rounds=epochs - epoch):
             x = augment(data["train"][pick]) / 255
             student = draw(net, rng, phases[phase], base)  # another one in each iteration
             network = Network(net, shared, student)
-            with precision:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss, parts = rslad_loss(network, teacher, x, args.alpha, attack)
             losses.append(torch.stack([loss, *parts.values()]).detach())
             share = (epoch_of_phase + len(losses) / batches) / epochs_of_phase  # of the phase
-            lr = optimizer.param_groups[0]["lr"] = learning_rate(share, args.lr, args.warmup)
+            lr = args.lr * min(share / args.warmup, (1 + cos(pi * share)) / 2)  # up, then a cosine
+            optimizer.param_groups[0]["lr"] = lr
             # Gradients flow through the slices into the shared weights (equation 3). Layers that
             # this student lacks have none, and stay. What lies outside its slices has a gradient of
             # zero, and still moves: by the momentum of earlier students, and by weight decay.
@@ -165,37 +156,35 @@ def main():
             optimizer.step()
 
         means = torch.stack(losses).mean(0).tolist()
-        if not math.isfinite(means[0]):
+        if not isfinite(means[0]):
             sys.exit("the loss is not finite: use a lower --lr")
         row = {"epoch": epoch + 1, "lr": lr, **dict(zip(["loss", *parts], means))}
         for name in shown:
-            judged = calibrated(Network(net, shared, named[name]), data["calibration"])
-            right = judge(judged, *held_out, *attack)
+            network = Network(net, shared, net["students"][name])
+            right = judge(calibrated(network, data["calibration"]), *held_out, *attack)
             row[f"natural_{name}"], row[f"robust_{name}"] = right
         rows.append({**row, "seconds": time.monotonic() - start})
         print(", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()), flush=True)
-        save(state, settings, weights=shared, sgd=optimizer.state_dict(), rows=rows)
-        write_csv(log, rows)
+        training = {"weights": shared, "sgd": optimizer.state_dict()}
+        save(checkpoint.with_suffix(".state"), settings, **training, rows=rows)
 
     # The last epoch is kept: which one is best differs from student to student.
-    kept = [args.student] if args.student else ["largest", "usual"]  # for table 1
-    students = {name: named[name] for name in kept}
-    save(checkpoint, settings, net=net, weights=moved(shared, "cpu"), students=students, rows=rows)
-    state.unlink(missing_ok=True)
-    write_csv(log, rows)
-    last = rows[-1]
-    table = [
-        {"held out": name, "natural": last[f"natural_{name}"], "robust": last[f"robust_{name}"]}
-        for name in shown
-    ]
+    weights, students = moved(shared, "cpu"), {name: net["students"][name] for name in kept}
+    save(checkpoint, settings, net=net, weights=weights, students=students, rows=rows)
+    checkpoint.with_suffix(".state").unlink(missing_ok=True)
+    write_csv(checkpoint.with_suffix(".csv"), rows)
+    table = []
+    for name in shown:
+        right = {key: rows[-1][f"{key}_{name}"] for key in ("natural", "robust")}
+        table.append({"held out": name, **right})
     following = f"{CHAPTERS[1]} --judge" if args.student else CHAPTERS[3]
-    finish(args, table, [checkpoint, log], following)
+    finish(args, table, [checkpoint, checkpoint.with_suffix(".csv")], following)
 
 
 # Before expansions vary, channels are sorted once: a smaller expansion keeps the leading channels
-# inside a block, which should be the important ones. Widths cut channels that shortcuts join over a
-# stage; one order would have to suit all its blocks. They are not sorted, but vary first, so that
-# the leading channels learn to be the important ones.
+# inside a block, which should be the important ones. All blocks of a stage share the channels
+# that its width cuts; one order would have to suit all of them. They are not sorted, but vary
+# first, so that the leading channels learn to be the important ones.
 def sort_channels(net, shared):
     """Order the channels inside each block; the largest network's answers stay the same."""
     for block in [gene.removeprefix("expand_") for gene in net["genes"] if "expand" in gene]:
@@ -230,7 +219,7 @@ def reorder(shared, block, makers, readers):
 def pgd(loss, x, noise, eps, step_size, steps):
     """Projected gradient ascent (Madry et al., 2018), the maximum in equation 1: images x' of a
     large loss(x'), with |x' - x| <= eps in each pixel and 0 <= x' <= 1."""
-    gradient = Replayed(lambda z: input_gradient(loss, z))
+    gradient = Replayed(lambda z: input_gradient(loss, z))  # Replayed: for speed only
     x_adv = (x + noise).clamp(0, 1)
     for _ in range(steps):
         x_adv = x_adv + step_size * gradient(x_adv).sign()  # up, by the same in each pixel
@@ -246,10 +235,10 @@ def input_gradient(loss, x):
 
 
 class Replayed:
-    """function(x), on a GPU recorded as a CUDA graph at the second call (the first warms up) and
-    replayed from then on: one launch in place of a thousand. Without it attacks are the same, up to
-    rounding. What Python decides inside (the student, .item()) is frozen, so each attack records a
-    graph of its own, in the last one's memory. (torch.cuda.graph would wait for the GPU.)"""
+    """function(x); on a GPU its second call is recorded as a CUDA graph, which later ones replay:
+    one launch in place of a thousand. Without it attacks are the same, up to rounding. What Python
+    decides inside (the student, .item()) is frozen: each attack records anew, in the same memory.
+    """
 
     last = None  # the stream to record on, and the last graph
 
@@ -301,20 +290,18 @@ def calibrated(network, images):
 
 @torch.no_grad()
 def judge(network, images, labels, eps, step_size, steps, batch=100):
-    """(natural, robust) accuracy, shares of 1: of uint8 images (N, 3, 32, 32) those that are right,
-    and those still right after PGD on the cross-entropy. All start from one random noise, so that
-    no answer depends on the batch; with one step (FGSM) from the image."""
+    """[natural, robust] accuracy, shares of 1: of uint8 images (N, 3, 32, 32) those that are right,
+    and those still right after PGD on the cross-entropy. Every image gets the same noise at first,
+    so batches do not matter; with one step (FGSM) it gets none."""
     noise = 2 * torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
     noise = noise.to(images.device) * (eps if steps > 1 else 0)
-    natural = torch.cat([network(x / 255).argmax(1) for x in images.split(batch)]) == labels
-    robust = torch.zeros_like(natural)
-    for pick in natural.nonzero()[:, 0].split(batch):
-        if images.is_cuda:  # filled up: cuDNN meets one shape, and builds its kernels once
-            pick = pick.repeat(batch)[:batch]
-        x, y = images[pick] / 255, labels[pick]
+    right = []
+    for x, y in zip(images.split(batch), labels.split(batch)):
+        x = x / 255
         x_adv = pgd(lambda z: F.cross_entropy(network(z), y), x, noise, eps, step_size, steps)
-        robust[pick] = network(x_adv).argmax(1) == y
-    return natural.sum().item() / len(labels), robust.sum().item() / len(labels)
+        natural = network(x).argmax(1) == y
+        right.append(torch.stack([natural, natural & (network(x_adv).argmax(1) == y)]))
+    return torch.cat(right, 1).double().mean(1).tolist()
 
 
 # ---- Training, as in chapter 2 -------------------------------------------------------------------
@@ -329,24 +316,16 @@ def counted(name, items, rounds=1):
         yield item
 
 
-def learning_rate(share, peak, warmup):
-    """Linear warm-up to the peak, then a cosine to 0; share: of the iterations, 0 to 1."""
-    return peak * min(share / warmup, (1 + math.cos(math.pi * share)) / 2)
-
-
-def resume(checkpoint, state, settings, shared, optimizer):
-    """What the checkpoint holds; or else the state, with its weights and momentum in place."""
+def resume(checkpoint, settings):
+    """What the checkpoint holds, or else the state of a run that was stopped, or no rows yet."""
+    state = checkpoint.with_suffix(".state")
     if checkpoint.exists():
         print(f"{checkpoint} is finished (delete it to redo it)")
         return load(checkpoint, settings)
-    if not state.exists():
-        return {"rows": []}
-    made = load(state, settings)
-    for name, weight in shared.items():
-        weight.data.copy_(made["weights"][name])
-    optimizer.load_state_dict(made["sgd"])
-    print(f"resuming {state} after epoch {len(made['rows'])}")
-    return made
+    if state.exists():
+        print(f"resuming {state}")
+        return load(state, settings)
+    return {"rows": []}
 
 
 def moved(tensors, device, learn=False):
@@ -358,7 +337,6 @@ def run_missing(args, *files):
     """Run the chapter of each file that is missing together with all files listed after it."""
     for i, name in enumerate(files):
         if not any((args.out / later).exists() for later in files[i:]):
-            print(f"{args.out / name} is missing")
             run_chapter(args, CHAPTERS[int(name[:2]) - 1])
 
 
@@ -420,7 +398,7 @@ class Network:
         return F.conv2d(x, weight, shift, stride, kernel // 2, groups=groups)
 
     def conv_bn(self, name, x, out, kernel=1, stride=1, depthwise=False):
-        """A convolution and its batch norm, which has the batch's statistics, as in training."""
+        """A convolution and its batch norm, which has the batch's statistics until it is folded."""
         x = self.conv(name, x, out, kernel, stride, depthwise, bias=self.folded)
         if self.folded:
             return x
@@ -452,9 +430,8 @@ class Network:
                 stride = 1  # of the blocks that follow
         if self.mobile:
             x = F.hardswish(self.conv_bn("head_1", x, net["head"][0]))
+            x = F.hardswish(self.conv("head_2", x.mean((2, 3), keepdim=True), net["head"][1]))
         x = x.mean((2, 3), keepdim=True)  # (B, channels, 1, 1)
-        if self.mobile:
-            x = F.hardswish(self.conv("head_2", x, net["head"][1]))
         return self.conv("classifier", x, len(net["classes"]), bias=True).flatten(1).float()
 
     def block(self, name, x, out, stride, act, gated):
@@ -486,49 +463,44 @@ def augment(images):
 
 # ---- Files and flags, the same in every chapter --------------------------------------------------
 def save(path, settings, **content):
-    """Write what load() reads, whole or not at all. A finished file is never overwritten: one that
-    another job has made by now is kept; exits if its settings differ."""
-    if path.exists() and load(path, settings) and path.suffix == ".pt":  # load() may exit
+    """Write what load() reads, whole or not at all. A finished file, which another job may have
+    made by now, is never overwritten: it is kept; exits if its settings differ."""
+    if path.suffix == ".pt" and path.exists():
+        load(path, settings)  # may exit
         return
-    identity = io.BytesIO()  # of all but the rows, in which seconds stand
-    torch.save([settings, {name: content[name] for name in content if name != "rows"}], identity)
-    content["checksum"] = hashlib.sha256(identity.getbuffer()).hexdigest()[:12]
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    torch.save({"settings": settings, **content}, temporary)
+    with open(temporary, "wb") as file:  # given a path, torch.save would store its name
+        torch.save({"settings": settings, **content}, file)
     temporary.replace(path)
 
 
 def load(path, settings):
-    """What save() wrote. Its settings are all flags and checksums that led to it; exits if one of
-    them is not as in `settings`, or as in the file of that name in the folder."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    expected = {**settings}
+    """What save() wrote. Its settings are all flags, and the checksums of all files, that led to
+    it; exits if a flag differs from `settings`, or a checksum from the folder's file."""
+    content, expected = torch.load(path, map_location="cpu", weights_only=True), {**settings}
     for source in path.parent.glob("*.pt"):
         if source.name in content["settings"]:
-            expected[source.name] = torch.load(source, weights_only=True, mmap=True)["checksum"]
+            expected[source.name] = crc32(source.read_bytes())
     for name, value in expected.items():
         old = content["settings"].get(name)
         if old != value:
             sys.exit(f"{path}: {name} was {old}, is {value}: delete the file, or use another --out")
+    content["settings"][path.name] = crc32(path.read_bytes())  # for what is made from it
     return content
 
 
 def write_csv(path, rows):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, rows[0], lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+    lines = [rows[0], *(row.values() for row in rows)]  # of names and numbers, without commas
+    path.write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
 
 
 CHAPTERS = """01_dynamic_net.py 02_teacher_trades.py 03_progressive_rslad.py 04_predictor.py
 05_nsga2.py""".split()
 
-PRESETS = ["paper", "quick", "tiny"]
-
 COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
     "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
-    "preset": {"choices": PRESETS, "help": "of networks and numbers; default: paper, for toy tiny"},
+    "preset": {"choices": ["paper", "quick", "tiny"], "help": "default: paper, for toy tiny"},
     "sampling": {"default": "progressive", "choices": ["progressive", "random"]},
     "out": {"type": Path, "help": "folder; default: runs/<dataset>-<net>-<preset>-seed<seed>"},
     "seed": {"default": 0, "type": int},
@@ -538,7 +510,7 @@ COMMON = {  # flags of every chapter, which it passes on to those that it runs
 
 def read_flags(**others):
     """All flags; those `given`, to pass on; `common` and `settings`, which files are made with."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = sys.exit  # one line
     for flag, (*values, least, most, text) in FLAGS.items():
@@ -551,12 +523,10 @@ def read_flags(**others):
     args.preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
     for flag, (*values, least, most, text) in FLAGS.items():
         if flags[flag] is None:
-            flags[flag] = values[PRESETS.index(args.preset)]
+            flags[flag] = values[COMMON["preset"]["choices"].index(args.preset)]
         if not least <= flags[flag] <= most:
             sys.exit(f"{flag} is {flags[flag]}, not {least} to {most}: {text}")
     args.settings = {f"{STAGE} {flag}": flags[flag] for flag in FLAGS}
-    if args.dataset not in ("cifar10", "cifar100", "toy"):
-        args.dataset = str(Path(args.dataset).resolve())
     args.common = {name: flags[name] for name in ("dataset", "net", "preset", "seed")}
     folder = f"{Path(args.dataset).name}-{args.net}-{args.preset}-seed{args.seed}"
     args.out = args.out or Path("runs", folder)
@@ -565,12 +535,11 @@ def read_flags(**others):
 
 def finish(args, rows, wrote, following=""):
     """Print a table, the files that were written, and the next command."""
-    if rows:
-        for line in [rows[0], *(row.values() for row in rows)]:
-            print(*(format(cell, ">14.4g" if isinstance(cell, float) else ">14") for cell in line))
+    for line in [*rows[:1], *(row.values() for row in rows)]:
+        print(*(format(cell, ">14.4g" if isinstance(cell, float) else ">14") for cell in line))
     print("wrote", *wrote)
     if following:
-        print("next: python", following, shlex.join(args.given))
+        print("next: python", following, *args.given)
 
 
 if __name__ == "__main__":

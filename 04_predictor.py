@@ -6,44 +6,39 @@ A search asks for the accuracies of thousands of students, and PGD is far too sl
         give it batch-norm statistics of its own
         measure its natural and its robust accuracy (PGD-20) on held-out training images
     fit an MLP: genotype, one-hot -> (natural, robust)    # on all but the last 300
-    compare its predictions for those with what was measured
+    compare predictions and measurements of those 300
 
-Compare the error (RMSE) with two others: of always answering the mean, which is how much students
-differ, and of a linear model. No predictor's error can be below the noise of the labels, which are
-accuracies on a sample of images.
+Two other errors (RMSE) stand beside the predictor's: that of always answering the mean, which is
+how much students differ, and that of a linear model. Labels are noisy, because they are accuracies
+on a sample of images; but the sample is the same for all students, so they share most of the noise.
 
-New here: main to pictures; attack, judging and network are as in chapters 1 and 2.
+New here: measure to widths; attack, judging and network are as in chapters 1 and 2.
 
     python 04_predictor.py --dataset toy                         # runs what it needs before it
     python 04_predictor.py --dataset cifar10 --sampling random   # students of the baseline
 
-reads   01_images.pt, 03_progressive.pt (made first if missing); for figure 6 02_teacher.pt
+reads   01_images.pt, 03_progressive.pt (made first if missing)
 writes  04_measured.state    the measured students, to which more --students are added
         04_predictor.pt      the predictor, and what the tables hold
         04_students.csv, 04_predictions.csv, 04_report.csv, 04_widths.csv    measured students,
                              test students, how far predictions are off, figure 6
-        04_pictures.png      images, what an attack adds, and their sum
         (with --sampling random all names end in _random)
 """
 
 import argparse
 import copy
-import csv
-import hashlib
-import io
 import os
 import random
-import shlex
 import signal
 import subprocess
 import sys
 import time
 from math import inf
 from pathlib import Path
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
-from torchvision.utils import save_image
 
 torch.backends.cudnn.allow_tf32 = False  # judging is in float32
 
@@ -60,8 +55,6 @@ FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
 
 PAPER = {"natural": 0.0076, "robust": 0.0072}  # RMSE (section 5.2; 0.0073 in the abstract)
 
-HIDDEN = [400] * 6  # widths of the predictor's hidden layers (released code)
-
 
 # ---- The lesson: measure some students, predict the others ---------------------------------------
 def measure(network, calibration, held_out, attack):
@@ -77,7 +70,7 @@ def train_predictor(net, students, labels, epochs, seed):
     torch.manual_seed(seed)
     features = one_hot(net, students)
     mean, scale = labels.mean(0), labels.std(0).clamp(min=1e-4)  # both targets at one scale
-    sizes = [features.shape[1], *HIDDEN, 2]
+    sizes = [features.shape[1], *[400] * 6, 2]  # released code
     layers = []  # (matrix, bias): plain tensors, which chapter 5 reads from a file without a class
     for inp, out in zip(sizes, sizes[1:]):
         layers.append((torch.randn(inp, out) * (2 / inp) ** 0.5, torch.zeros(out)))
@@ -122,7 +115,8 @@ def compare(net, students, labels, predicted):
     """A row for each target: how far predictions (T, 2) of the last T students are from their
     labels, (N, 2) of all; and, for comparison, how far the mean of the others is, and a linear
     model fitted to them. tau: a search needs only the order; Kendall's tau-b is the share of pairs
-    in the right order minus that of pairs in the wrong one, corrected for ties."""
+    in the right order minus that of pairs in the wrong one, corrected for ties. accuracy: the mean
+    of all labels."""
     train, test = labels[: -len(predicted)], labels[-len(predicted) :]
     features = one_hot(net, students)
     features = torch.cat([features, torch.ones(len(students), 1)], 1).double()
@@ -132,7 +126,7 @@ def compare(net, students, labels, predicted):
     columns = {name: (answer - test).square().mean(0).sqrt() for name, answer in answers.items()}
     real, guessed = ((part[:, None] - part).sign().flatten(0, 1) for part in (test, predicted))
     columns["tau"] = F.cosine_similarity(real, guessed, dim=0)  # (T * T, 2): -1, 0 or 1 for a pair
-    columns["mean"] = labels.mean(0)
+    columns["accuracy"] = labels.mean(0)
     return [
         {"target": target, "paper's RMSE": paper}
         | {name: column[i].item() for name, column in columns.items()}
@@ -145,7 +139,6 @@ def main():
     if args.test_students > args.students - 2:
         sys.exit("--test-students must be at most --students minus 2")
     weights, end = f"03_{args.sampling}.pt", f"_{args.sampling}" * (args.sampling != "progressive")
-    run_missing(args, "01_images.pt")
     run_missing(args, "01_dynamic_net.pt", "02_teacher.pt", weights)
     device = torch.device(args.device)
     data = moved(load(args.out / "01_images.pt", args.common)["data"], device)
@@ -153,9 +146,8 @@ def main():
     attack = args.eps / 255, args.step_size / 255, args.steps
     source = load(args.out / weights, args.common)
     net, shared = source["net"], moved(source["weights"], device)
-    settings = source["settings"] | args.settings | {weights: source["checksum"]}
+    settings = source["settings"] | args.settings
     state, checkpoint = args.out / f"04_measured{end}.state", args.out / f"04_predictor{end}.pt"
-    picture = args.out / f"04_pictures{end}.png"
 
     if checkpoint.exists():
         print(f"{checkpoint} is finished (delete it to redo it)")
@@ -163,7 +155,11 @@ def main():
         # Other students, or another predictor, need no new measurements of the old ones.
         fitting = "04 students", "04 test_students", "04 epochs"
         measuring = {name: settings[name] for name in settings if name not in fitting}
-        students = distinct_students(net, args.students, args.seed)
+        rng = random.Random(args.seed)
+        drawn = [sample(net, rng) for _ in range(10 * args.students)]
+        students = [*{tuple(s.values()): s for s in drawn}.values()][: args.students]  # all differ
+        if len(students) < args.students:
+            sys.exit(f"--students {args.students}: only {len(students)} different ones were drawn")
         rows = load(state, measuring)["rows"] if state.exists() else []
         print(f"{len(students)} students, PGD-{args.steps}, {len(held_out[0])} images, on {device}")
         for student in counted("students:", students[len(rows) :]):
@@ -177,14 +173,13 @@ def main():
         predicted = predict_accuracy(predictor, net, students[-test:])
         columns = "natural", "robust", "predicted_natural", "predicted_robust"
         pairs = torch.cat([labels[-test:], predicted], 1).tolist()
-        tables = {
-            "students": rows,
-            "predictions": [dict(zip(columns, pair)) for pair in pairs],
-            "report": compare(net, students, labels, predicted),
-            "widths": widths(args, net, shared, data["calibration"], held_out, attack),
-        }
-        network = Network(net, shared, net["students"]["middle"])
-        pictures(calibrated(network, data["calibration"]), *held_out, attack, picture)
+        tables = {"students": rows, "predictions": [dict(zip(columns, pair)) for pair in pairs]}
+        tables["report"] = compare(net, students, labels, predicted)
+        tables["widths"] = []
+        for width, student in widths(net).items():
+            network = Network(net, shared, student)
+            measured = measure(network, data["calibration"], held_out, attack)
+            tables["widths"].append({"student": width, **measured})
         made = {"net": net, "weights": source["weights"], "predictor": predictor}
         save(checkpoint, settings, **made, rows=tables)
 
@@ -192,52 +187,21 @@ def main():
     for name, rows in tables.items():
         write_csv(args.out / f"04_{name}{end}.csv", rows)
     print(f"\non {args.test_students} students that were not used in training; shares of 1:")
-    wrote = checkpoint, args.out / f"04_*{end}.csv", picture
-    finish(args, tables["report"], wrote, CHAPTERS[4])
+    finish(args, tables["report"], [checkpoint, args.out / f"04_*{end}.*"], CHAPTERS[4])
 
 
-def distinct_students(net, count, seed):
-    """So many different students, each gene drawn uniformly; exits if there are not so many."""
-    rng, students = random.Random(seed), {}
-    for _ in range(100 * count):
-        student = sample(net, rng)
-        students[tuple(student.values())] = student
-        if len(students) == count:
-            return list(students.values())
-    sys.exit(f"--students {count}: this network does not hold so many different ones")
-
-
-# ---- Figure 6, and pictures of an attack ---------------------------------------------------------
-def widths(args, net, shared, *measured):
-    """Figure 6: students that differ only in width (kernel), and the teacher if it is there."""
+def widths(net):
+    """Figure 6: {width (kernel): the largest student, but for this width of all its layers}."""
     kind, largest = "kernel" if "kernel" in net else "width", net["students"]["largest"]
-    rows, file = [], args.out / "02_teacher.pt"
-    if file.exists():  # load() has checked that it taught these students
-        teacher = moved(load(file, args.common)["weights"], args.device)
-        rows = [{"student": "teacher", **measure(Network(net, teacher, largest), *measured)}]
-    for value in net[kind]:
-        student = largest | {gene: value for gene in largest if gene.startswith(kind)}
-        rows.append({"student": value, **measure(Network(net, shared, student), *measured)})
-    return rows
-
-
-def pictures(network, x, y, attack, path):
-    """A PNG of 8 images that the student classifies correctly, a column for each: the image, what
-    an attack adds, x 16 around gray, and their sum."""
-    x = x[:100] / 255
-    pick = (network(x).argmax(1) == y[:100]).nonzero()[:8, 0]
-    if len(pick):
-        x, y = x[pick], y[pick]
-        x_adv = pgd(lambda z: F.cross_entropy(network(z), y), x, torch.zeros_like(x), *attack)
-        grid = torch.cat([x, 0.5 + 16 * (x_adv - x), x_adv]).clamp(0, 1)
-        save_image(F.interpolate(grid, scale_factor=3), path, nrow=len(x))
+    varies = [gene for gene in largest if gene.startswith(kind)]
+    return {value: largest | dict.fromkeys(varies, value) for value in net[kind]}
 
 
 # ---- Attack and judging, as in chapter 2 ---------------------------------------------------------
 def pgd(loss, x, noise, eps, step_size, steps):
     """Projected gradient ascent (Madry et al., 2018), the maximum in equation 1: images x' of a
     large loss(x'), with |x' - x| <= eps in each pixel and 0 <= x' <= 1."""
-    gradient = Replayed(lambda z: input_gradient(loss, z))
+    gradient = Replayed(lambda z: input_gradient(loss, z))  # Replayed: for speed only
     x_adv = (x + noise).clamp(0, 1)
     for _ in range(steps):
         x_adv = x_adv + step_size * gradient(x_adv).sign()  # up, by the same in each pixel
@@ -253,10 +217,10 @@ def input_gradient(loss, x):
 
 
 class Replayed:
-    """function(x), on a GPU recorded as a CUDA graph at the second call (the first warms up) and
-    replayed from then on: one launch in place of a thousand. Without it attacks are the same, up to
-    rounding. What Python decides inside (the student, .item()) is frozen, so each attack records a
-    graph of its own, in the last one's memory. (torch.cuda.graph would wait for the GPU.)"""
+    """function(x); on a GPU its second call is recorded as a CUDA graph, which later ones replay:
+    one launch in place of a thousand. Without it attacks are the same, up to rounding. What Python
+    decides inside (the student, .item()) is frozen: each attack records anew, in the same memory.
+    """
 
     last = None  # the stream to record on, and the last graph
 
@@ -308,20 +272,18 @@ def calibrated(network, images):
 
 @torch.no_grad()
 def judge(network, images, labels, eps, step_size, steps, batch=100):
-    """(natural, robust) accuracy, shares of 1: of uint8 images (N, 3, 32, 32) those that are right,
-    and those still right after PGD on the cross-entropy. All start from one random noise, so that
-    no answer depends on the batch; with one step (FGSM) from the image."""
+    """[natural, robust] accuracy, shares of 1: of uint8 images (N, 3, 32, 32) those that are right,
+    and those still right after PGD on the cross-entropy. Every image gets the same noise at first,
+    so batches do not matter; with one step (FGSM) it gets none."""
     noise = 2 * torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
     noise = noise.to(images.device) * (eps if steps > 1 else 0)
-    natural = torch.cat([network(x / 255).argmax(1) for x in images.split(batch)]) == labels
-    robust = torch.zeros_like(natural)
-    for pick in natural.nonzero()[:, 0].split(batch):
-        if images.is_cuda:  # filled up: cuDNN meets one shape, and builds its kernels once
-            pick = pick.repeat(batch)[:batch]
-        x, y = images[pick] / 255, labels[pick]
+    right = []
+    for x, y in zip(images.split(batch), labels.split(batch)):
+        x = x / 255
         x_adv = pgd(lambda z: F.cross_entropy(network(z), y), x, noise, eps, step_size, steps)
-        robust[pick] = network(x_adv).argmax(1) == y
-    return natural.sum().item() / len(labels), robust.sum().item() / len(labels)
+        natural = network(x).argmax(1) == y
+        right.append(torch.stack([natural, natural & (network(x_adv).argmax(1) == y)]))
+    return torch.cat(right, 1).double().mean(1).tolist()
 
 
 def counted(name, items, rounds=1):
@@ -344,7 +306,6 @@ def run_missing(args, *files):
     """Run the chapter of each file that is missing together with all files listed after it."""
     for i, name in enumerate(files):
         if not any((args.out / later).exists() for later in files[i:]):
-            print(f"{args.out / name} is missing")
             run_chapter(args, CHAPTERS[int(name[:2]) - 1])
 
 
@@ -411,7 +372,7 @@ class Network:
         return F.conv2d(x, weight, shift, stride, kernel // 2, groups=groups)
 
     def conv_bn(self, name, x, out, kernel=1, stride=1, depthwise=False):
-        """A convolution and its batch norm, which has the batch's statistics, as in training."""
+        """A convolution and its batch norm, which has the batch's statistics until it is folded."""
         x = self.conv(name, x, out, kernel, stride, depthwise, bias=self.folded)
         if self.folded:
             return x
@@ -443,9 +404,8 @@ class Network:
                 stride = 1  # of the blocks that follow
         if self.mobile:
             x = F.hardswish(self.conv_bn("head_1", x, net["head"][0]))
+            x = F.hardswish(self.conv("head_2", x.mean((2, 3), keepdim=True), net["head"][1]))
         x = x.mean((2, 3), keepdim=True)  # (B, channels, 1, 1)
-        if self.mobile:
-            x = F.hardswish(self.conv("head_2", x, net["head"][1]))
         return self.conv("classifier", x, len(net["classes"]), bias=True).flatten(1).float()
 
     def block(self, name, x, out, stride, act, gated):
@@ -468,49 +428,44 @@ class Network:
 
 # ---- Files and flags, the same in every chapter --------------------------------------------------
 def save(path, settings, **content):
-    """Write what load() reads, whole or not at all. A finished file is never overwritten: one that
-    another job has made by now is kept; exits if its settings differ."""
-    if path.exists() and load(path, settings) and path.suffix == ".pt":  # load() may exit
+    """Write what load() reads, whole or not at all. A finished file, which another job may have
+    made by now, is never overwritten: it is kept; exits if its settings differ."""
+    if path.suffix == ".pt" and path.exists():
+        load(path, settings)  # may exit
         return
-    identity = io.BytesIO()  # of all but the rows, in which seconds stand
-    torch.save([settings, {name: content[name] for name in content if name != "rows"}], identity)
-    content["checksum"] = hashlib.sha256(identity.getbuffer()).hexdigest()[:12]
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    torch.save({"settings": settings, **content}, temporary)
+    with open(temporary, "wb") as file:  # given a path, torch.save would store its name
+        torch.save({"settings": settings, **content}, file)
     temporary.replace(path)
 
 
 def load(path, settings):
-    """What save() wrote. Its settings are all flags and checksums that led to it; exits if one of
-    them is not as in `settings`, or as in the file of that name in the folder."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    expected = {**settings}
+    """What save() wrote. Its settings are all flags, and the checksums of all files, that led to
+    it; exits if a flag differs from `settings`, or a checksum from the folder's file."""
+    content, expected = torch.load(path, map_location="cpu", weights_only=True), {**settings}
     for source in path.parent.glob("*.pt"):
         if source.name in content["settings"]:
-            expected[source.name] = torch.load(source, weights_only=True, mmap=True)["checksum"]
+            expected[source.name] = crc32(source.read_bytes())
     for name, value in expected.items():
         old = content["settings"].get(name)
         if old != value:
             sys.exit(f"{path}: {name} was {old}, is {value}: delete the file, or use another --out")
+    content["settings"][path.name] = crc32(path.read_bytes())  # for what is made from it
     return content
 
 
 def write_csv(path, rows):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, rows[0], lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+    lines = [rows[0], *(row.values() for row in rows)]  # of names and numbers, without commas
+    path.write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
 
 
 CHAPTERS = """01_dynamic_net.py 02_teacher_trades.py 03_progressive_rslad.py 04_predictor.py
 05_nsga2.py""".split()
 
-PRESETS = ["paper", "quick", "tiny"]
-
 COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
     "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
-    "preset": {"choices": PRESETS, "help": "of networks and numbers; default: paper, for toy tiny"},
+    "preset": {"choices": ["paper", "quick", "tiny"], "help": "default: paper, for toy tiny"},
     "sampling": {"default": "progressive", "choices": ["progressive", "random"]},
     "out": {"type": Path, "help": "folder; default: runs/<dataset>-<net>-<preset>-seed<seed>"},
     "seed": {"default": 0, "type": int},
@@ -520,7 +475,7 @@ COMMON = {  # flags of every chapter, which it passes on to those that it runs
 
 def read_flags(**others):
     """All flags; those `given`, to pass on; `common` and `settings`, which files are made with."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = sys.exit  # one line
     for flag, (*values, least, most, text) in FLAGS.items():
@@ -533,12 +488,10 @@ def read_flags(**others):
     args.preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
     for flag, (*values, least, most, text) in FLAGS.items():
         if flags[flag] is None:
-            flags[flag] = values[PRESETS.index(args.preset)]
+            flags[flag] = values[COMMON["preset"]["choices"].index(args.preset)]
         if not least <= flags[flag] <= most:
             sys.exit(f"{flag} is {flags[flag]}, not {least} to {most}: {text}")
     args.settings = {f"{STAGE} {flag}": flags[flag] for flag in FLAGS}
-    if args.dataset not in ("cifar10", "cifar100", "toy"):
-        args.dataset = str(Path(args.dataset).resolve())
     args.common = {name: flags[name] for name in ("dataset", "net", "preset", "seed")}
     folder = f"{Path(args.dataset).name}-{args.net}-{args.preset}-seed{args.seed}"
     args.out = args.out or Path("runs", folder)
@@ -547,12 +500,11 @@ def read_flags(**others):
 
 def finish(args, rows, wrote, following=""):
     """Print a table, the files that were written, and the next command."""
-    if rows:
-        for line in [rows[0], *(row.values() for row in rows)]:
-            print(*(format(cell, ">14.4g" if isinstance(cell, float) else ">14") for cell in line))
+    for line in [*rows[:1], *(row.values() for row in rows)]:
+        print(*(format(cell, ">14.4g" if isinstance(cell, float) else ">14") for cell in line))
     print("wrote", *wrote)
     if following:
-        print("next: python", following, shlex.join(args.given))
+        print("next: python", following, *args.given)
 
 
 if __name__ == "__main__":

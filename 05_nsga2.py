@@ -3,16 +3,16 @@
 A student dominates another if it is nowhere worse and somewhere better. Students that none
 dominates are the first front (rank 0), those dominated only by them the second, and so on.
 
-    objectives = predicted accuracy and robustness; MACs within the device's budget
+    objectives = predicted accuracy, robustness; constraint: MACs within the device's budget
     generation = random students                        # and the smallest, which fits any budget
     repeat:                                             # 100 times in the paper
-        children = genes from two parents, some drawn anew; parents win tournaments of two
+        children = genes from two parents, some drawn anew; a parent is the better of two
         generation = the best half of parents and children    # by rank, then by room around them
     chosen = the largest sum of both objectives on the first front    # the paper does not say which
 
-Two objectives keep every trade between them on the front: which one to take is decided last.
+Two objectives keep all trade-offs on the front: which one to take is decided last.
 
-New here: all but the predictor (chapter 4). The figures stand last and may be skipped.
+New here: the search, the cost by formula, and figures, which stand last and may be skipped.
 
     python 05_nsga2.py --dataset toy                             # runs all chapters
     python 05_nsga2.py --dataset cifar10 --max-macs 500          # for a smaller device
@@ -25,12 +25,8 @@ writes  05_search.pt, 05_best.csv, 05_population.csv   the chosen student; first
 """
 
 import argparse
-import csv
-import hashlib
-import io
 import os
 import random
-import shlex
 import signal
 import subprocess
 import sys
@@ -38,6 +34,7 @@ import time
 from math import inf
 from pathlib import Path
 from statistics import median
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -137,7 +134,7 @@ def breed(net, mother, father, mutation, rng):
 
 def main():
     args = read_flags(
-        max_macs={"type": float, "help": "in millions; default 2000, or the middle of all below"},
+        max_macs={"type": float, "help": "in millions; default 2000, for small networks mid-range"},
         figures={"action": "store_true", "help": "only draw what is in the folder"},
     )
     end = f"_{args.sampling}" * (args.sampling != "progressive")
@@ -154,22 +151,21 @@ def main():
     if not least <= budget <= 1000 * most:  # far above: not in millions
         ends = f"the smallest student's are {least:.4g}, the largest's {most:.4g}"
         sys.exit(f"--max-macs is in millions: {ends}")
-    settings = source["settings"] | args.settings | {fitted: source["checksum"]}
-    settings["05 max_macs"] = budget
-    checkpoint, exported = args.out / f"05_search{end}.pt", args.out / f"student{end}.pt2"
+    settings = source["settings"] | args.settings | {"05 max_macs": budget}
+    checkpoint, table1 = args.out / f"05_search{end}.pt", args.out / "table1.csv"
     if checkpoint.exists():
         print(f"{checkpoint} is finished (delete it to redo it)")
     else:
-        exported.unlink(missing_ok=True)  # an earlier search's
         student, tables = search(args, net, source["predictor"], budget)
         made = {"net": net, "weights": source["weights"], "students": {"best": student}}
+        table1.unlink(missing_ok=True)  # it lacks this student
         save(checkpoint, settings, **made, rows=tables)
     tables = load(checkpoint, settings)["rows"]
     for name, rows in tables.items():
         write_csv(args.out / f"05_{name}{end}.csv", rows)
     best = {key: value for key, value in tables["best"][0].items() if key not in net["genes"]}
     finish(args, [best], [checkpoint, args.out / f"05_*{end}.csv"])
-    if not (exported.exists() and (args.out / "table1.csv").exists()):
+    if not table1.exists():
         run_chapter(args, CHAPTERS[1], "--judge", f"--eps={settings['04 eps']}")
     finish(args, [], figures(args))
 
@@ -193,8 +189,7 @@ def search(args, net, predictor, budget):
             row["params"], row["macs"] = cost(net, student)
             row["predicted_natural"], row["predicted_robust"] = objectives[i].tolist()
             rows.append({**row, "front": bool(front[i])})
-    front = np.flatnonzero(front)[objectives[front, 0].argsort()]  # of the last generation
-    pick = front[objectives[front].sum(1).argmax()]
+    pick = np.where(front, objectives.sum(1), -inf).argmax()  # of the last generation
     best = {**rows[pick - len(students)], "seconds": time.monotonic() - start}
     return students[pick], {"best": [best], "population": rows}
 
@@ -298,7 +293,6 @@ def run_missing(args, *files):
     """Run the chapter of each file that is missing together with all files listed after it."""
     for i, name in enumerate(files):
         if not any((args.out / later).exists() for later in files[i:]):
-            print(f"{args.out / name} is missing")
             run_chapter(args, CHAPTERS[int(name[:2]) - 1])
 
 
@@ -310,49 +304,44 @@ def run_chapter(args, script, *flags):
 
 
 def save(path, settings, **content):
-    """Write what load() reads, whole or not at all. A finished file is never overwritten: one that
-    another job has made by now is kept; exits if its settings differ."""
-    if path.exists() and load(path, settings) and path.suffix == ".pt":  # load() may exit
+    """Write what load() reads, whole or not at all. A finished file, which another job may have
+    made by now, is never overwritten: it is kept; exits if its settings differ."""
+    if path.suffix == ".pt" and path.exists():
+        load(path, settings)  # may exit
         return
-    identity = io.BytesIO()  # of all but the rows, in which seconds stand
-    torch.save([settings, {name: content[name] for name in content if name != "rows"}], identity)
-    content["checksum"] = hashlib.sha256(identity.getbuffer()).hexdigest()[:12]
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    torch.save({"settings": settings, **content}, temporary)
+    with open(temporary, "wb") as file:  # given a path, torch.save would store its name
+        torch.save({"settings": settings, **content}, file)
     temporary.replace(path)
 
 
 def load(path, settings):
-    """What save() wrote. Its settings are all flags and checksums that led to it; exits if one of
-    them is not as in `settings`, or as in the file of that name in the folder."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    expected = {**settings}
+    """What save() wrote. Its settings are all flags, and the checksums of all files, that led to
+    it; exits if a flag differs from `settings`, or a checksum from the folder's file."""
+    content, expected = torch.load(path, map_location="cpu", weights_only=True), {**settings}
     for source in path.parent.glob("*.pt"):
         if source.name in content["settings"]:
-            expected[source.name] = torch.load(source, weights_only=True, mmap=True)["checksum"]
+            expected[source.name] = crc32(source.read_bytes())
     for name, value in expected.items():
         old = content["settings"].get(name)
         if old != value:
             sys.exit(f"{path}: {name} was {old}, is {value}: delete the file, or use another --out")
+    content["settings"][path.name] = crc32(path.read_bytes())  # for what is made from it
     return content
 
 
 def write_csv(path, rows):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, rows[0], lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+    lines = [rows[0], *(row.values() for row in rows)]  # of names and numbers, without commas
+    path.write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
 
 
 CHAPTERS = """01_dynamic_net.py 02_teacher_trades.py 03_progressive_rslad.py 04_predictor.py
 05_nsga2.py""".split()
 
-PRESETS = ["paper", "quick", "tiny"]
-
 COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
     "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
-    "preset": {"choices": PRESETS, "help": "of networks and numbers; default: paper, for toy tiny"},
+    "preset": {"choices": ["paper", "quick", "tiny"], "help": "default: paper, for toy tiny"},
     "sampling": {"default": "progressive", "choices": ["progressive", "random"]},
     "out": {"type": Path, "help": "folder; default: runs/<dataset>-<net>-<preset>-seed<seed>"},
     "seed": {"default": 0, "type": int},
@@ -362,7 +351,7 @@ COMMON = {  # flags of every chapter, which it passes on to those that it runs
 
 def read_flags(**others):
     """All flags; those `given`, to pass on; `common` and `settings`, which files are made with."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = sys.exit  # one line
     for flag, (*values, least, most, text) in FLAGS.items():
@@ -375,12 +364,10 @@ def read_flags(**others):
     args.preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
     for flag, (*values, least, most, text) in FLAGS.items():
         if flags[flag] is None:
-            flags[flag] = values[PRESETS.index(args.preset)]
+            flags[flag] = values[COMMON["preset"]["choices"].index(args.preset)]
         if not least <= flags[flag] <= most:
             sys.exit(f"{flag} is {flags[flag]}, not {least} to {most}: {text}")
     args.settings = {f"{STAGE} {flag}": flags[flag] for flag in FLAGS}
-    if args.dataset not in ("cifar10", "cifar100", "toy"):
-        args.dataset = str(Path(args.dataset).resolve())
     args.common = {name: flags[name] for name in ("dataset", "net", "preset", "seed")}
     folder = f"{Path(args.dataset).name}-{args.net}-{args.preset}-seed{args.seed}"
     args.out = args.out or Path("runs", folder)
@@ -389,12 +376,11 @@ def read_flags(**others):
 
 def finish(args, rows, wrote, following=""):
     """Print a table, the files that were written, and the next command."""
-    if rows:
-        for line in [rows[0], *(row.values() for row in rows)]:
-            print(*(format(cell, ">14.4g" if isinstance(cell, float) else ">14") for cell in line))
+    for line in [*rows[:1], *(row.values() for row in rows)]:
+        print(*(format(cell, ">14.4g" if isinstance(cell, float) else ">14") for cell in line))
     print("wrote", *wrote)
     if following:
-        print("next: python", following, shlex.join(args.given))
+        print("next: python", following, *args.given)
 
 
 # ---- Figures; the lesson does not need them ------------------------------------------------------
@@ -417,16 +403,14 @@ def figures(args):
             keys = [key for key in rows[0] if key not in ("epoch", "lr", "seconds")]
             curves = {key: ("line", points(rows, "epoch", key)) for key in keys}
             losses = {key: curves.pop(key) for key in keys if key.endswith(("loss", "py", "kl"))}
-            draw(f"{name}_log", ("epoch", "loss", losses), ("epoch", "held out, %", curves))
+            draw(name, ("epoch", "loss", losses), ("epoch", "held out, %", curves))
         elif name < "05":
             label = name.removeprefix("04_predictor").strip("_") or "progressive"
             label += f", eps {settings['04 eps']:g}, PGD-{settings['04 steps']}"
-            teacher = [row for row in rows["widths"] if row["student"] == "teacher"]
-            narrow, test, panels = rows["widths"][len(teacher) :], rows["predictions"], []
+            test, panels = rows["predictions"], []
             clouds[label] = ("dots", points(rows["students"], *axes))
-            clouds |= {f"teacher: {label}": ("dots", points([row], *axes)) for row in teacher}
             for key in axes:  # figure 9
-                lines[f"{key}: {label}"] = ("line", points(narrow, "student", key))
+                lines[f"{key}: {label}"] = ("line", points(rows["widths"], "student", key))
                 series = {"students": ("dots", points(test, key, f"predicted_{key}"))}
                 series["as measured"] = ("line", points(test, key, key))
                 panels.append((f"measured {key} accuracy, %", "predicted, %", series))
@@ -467,22 +451,20 @@ def costs(made):
     def seconds(rows):  # the median: time for which a laptop was suspended does not count
         return median(row["seconds"] for row in rows) * len(rows)
 
+    flags = lambda file: [flag for flag in file["settings"].items() if flag[0].startswith("03 ")]
     shared, alone = made["03_progressive"], []
     for name, file in made.items():
-        if name[:2] == "03" and len(file["students"]) == 1:  # RSLAD of one student
-            if file["settings"] == shared["settings"]:
-                alone.append(seconds(file["rows"]))
-            else:
-                print(f"figure 8 leaves out {name}, whose flags are not 03_progressive's")
+        if name[:2] == "03" and len(file["students"]) == 1 and flags(file) == flags(shared):
+            alone.append(seconds(file["rows"]))  # RSLAD of one student
     once = seconds(shared["rows"]) + seconds(made["04_predictor"]["rows"]["students"])
     search = seconds(made["05_search"]["rows"]["best"])
-    rows = []
-    for n in range(1, 51) if alone else ():
-        each = n * sum(alone) / len(alone)
-        rows.append({"devices": n, "retraining": each / 3600, "ProARD": (once + n * search) / 3600})
-    if rows:
-        times = rows[-1]["retraining"] / rows[-1]["ProARD"]
-        print(f"50 devices: {times:.3g} times cheaper to train (paper: 60)")
+    if not alone:
+        return []
+    rows, each = [], sum(alone) / len(alone)
+    for n in range(1, 51):
+        hours = {"retraining": n * each / 3600, "ProARD": (once + n * search) / 3600}
+        rows.append({"devices": n, **hours})
+    print(f"50 devices: {50 * each / (once + 50 * search):.3g} times cheaper to train (paper: 60)")
     return rows
 
 

@@ -94,13 +94,16 @@ def read(out, *names):
 
 
 def contents(folder):
-    """{file: what it holds} of a folder, but for seconds and what is drawn of them."""
-    without = lambda rows: [{**row, "seconds": 0} for row in rows]
+    """{file: what it holds} of a folder, but for seconds, and checksums that depend on them."""
     found = {path.name: None for path in folder.iterdir()}
-    found |= {path.name: without(rows_of(path)) for path in folder.glob("*.csv")}
+    for path in folder.glob("*.csv"):
+        found[path.name] = [{**row, "seconds": 0} for row in rows_of(path)]
     for path in [*folder.glob("*.pt"), *folder.glob("*.state")]:
         made = torch.load(path, weights_only=True)
-        found[path.name] = made["checksum"]  # of all but the rows, which are the tables'
+        weights = made.get("data") or made.get("weights", {})
+        settings = [*made["settings"].items()]
+        found[path.name] = [pair for pair in settings if not pair[0].endswith(".pt")]
+        found[path.name] += [made.get("students"), {key: w.tolist() for key, w in weights.items()}]
     return found
 
 
@@ -118,6 +121,10 @@ def students_of(net, count):
     """The largest, the smallest, and random students."""
     rng, named = random.Random(SEED), net["students"]
     return [named["largest"], named["smallest"], *(c1.sample(net, rng) for _ in range(count))]
+
+
+def different(students):
+    return [*{tuple(student.values()): student for student in students}.values()]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -210,7 +217,7 @@ def test_counts_of_the_released_networks(line):
 def everyone_of(net):
     """All students of a tiny network, each once."""
     genotypes = (dict(zip(net["genes"], s)) for s in itertools.product(*net["genes"].values()))
-    return [*{tuple(s.values()): s for s in (c1.canonical(net, g) for g in genotypes)}.values()]
+    return different(c1.canonical(net, genotype) for genotype in genotypes)
 
 
 def test_students_are_counted_exactly():
@@ -355,20 +362,20 @@ def test_robust_accuracy_counts_images_right_before_and_after_the_attack():
     matrix, asked = torch.randn(3072, 3) / 20, []
 
     def network(x):
-        asked.append(x.detach().clone())
+        asked.append(x)
         return x.flatten(1) @ matrix
 
     natural, robust = c4.judge(network, images, labels, 2 / 255, 0.5 / 255, 20, 7)
     right = network(images / 255).argmax(1) == labels
     assert natural == right.sum().item() / 40 and 0 < robust < natural < 1
-    assert sum(map(len, asked[6:-1])) == right.sum() * 21  # of PGD-20, on those only
-    weak = 0.5, 0.1 / 255, 2  # here the start decides
+    weak = 0.5, 0.1 / 255, 2  # here the start decides; it does not depend on the batch
     alone = [c4.judge(network, images[[i]], labels[[i]], *weak)[1] for i in range(40)]
     assert sum(alone) / 40 == pytest.approx(c4.judge(network, images, labels, *weak, 13)[1])
-    assert 0 < sum(alone) < right.sum()
-    c4.judge(network, images, labels, 0.01, 0.01, 1)  # FGSM starts at the image
-    assert torch.equal(asked[-2], images[right] / 255)
-    assert c4.judge(network, images, labels + 3, 0.01, 0.01, 1) == (0, 0)
+    wrong = (network(images / 255).argmax(1) + 1) % 3  # even where the attack makes it right
+    assert c4.judge(network, images, wrong, *weak) == [0, 0] and 0 < sum(alone)
+    del asked[:]
+    c4.judge(network, images, labels, 0.01, 0.01, 1)
+    assert torch.equal(asked[0], images / 255)  # FGSM starts at the image
     assert not torch.backends.cudnn.allow_tf32  # judging is in float32
 
 
@@ -404,7 +411,7 @@ def textbook_kl(target, logits):
 @pytest.mark.parametrize("chapter", [c2, c3], ids=["trades", "rslad"])
 def test_a_loss_is_the_textbooks(chapter, monkeypatch):
     """TRADES, and RSLAD (equation 2): the loss, its gradients, and what the attack climbs."""
-    net, shared, seen = TINY[0], weights_of(TINY[0]), {}
+    net, shared, seen, trades = TINY[0], weights_of(TINY[0]), {}, chapter is c2
     student, x = students_of(net, 1)[-1], torch.rand(12, 3, 32, 32).double()
     y, attack = torch.randint(10, (12,)), (8 / 255, 4 / 255, 3)
 
@@ -414,37 +421,34 @@ def test_a_loss_is_the_textbooks(chapter, monkeypatch):
 
     monkeypatch.setattr(chapter, "pgd", pgd)
     network, theirs = chapter.Network(net, shared, student), textbook(net, shared, student)
-    if chapter is c2:
+    if trades:
         loss, parts = c2.trades_loss(network, x, y, 6, attack)
         target = theirs(x).softmax(1)
     else:
-        other = weights_of(net)  # the largest student of others, with the batch's statistics
-        other = {name: weight.detach() * 1.1 for name, weight in other.items()}
-        largest = net["students"]["largest"]
+        other = {name: 1.1 * weight.detach() for name, weight in weights_of(net).items()}
+        largest = net["students"]["largest"]  # of those weights: it is the teacher
         loss, parts = c3.rslad_loss(network, c3.Network(net, other, largest), x, 0.7, attack)
         target = textbook(net, other, largest)(x).softmax(1)
-    x_adv, noise = seen["x_adv"], seen["noise"]
-    assert 0.0008 < noise.std() < 0.0012 and seen["attack"] == attack
-    assert (x_adv - x).abs().max() <= 8 / 255 + 1e-6 and 0 <= x_adv.min() <= x_adv.max() <= 1
-    robust, before = (textbook_kl(target, theirs(at)) for at in (x_adv, x + noise))
-    assert robust > before
+    assert 0.0008 < seen["noise"].std() < 0.0012 and seen["attack"] == attack
+    x_adv = seen["x_adv"]
+    robust, before = (textbook_kl(target, theirs(at)) for at in (x_adv, x + seen["noise"]))
     expected = 0.3 * textbook_kl(target, theirs(x)) + 0.7 * robust
-    if chapter is c2:
+    if trades:
         expected = 6 * robust - target[range(12), y].log().mean()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4) and robust > before
     assert [*parts.values()][1].item() == pytest.approx(robust.item(), rel=1e-4)
-    for ours, right in zip(
-        *(torch.autograd.grad(e, [*shared.values()], allow_unused=True) for e in (loss, expected))
-    ):
-        assert (ours is None) == (right is None)  # layers that a student lacks keep still
-        assert ours is None or torch.allclose(ours, right, rtol=1e-3, atol=1e-6)
+    gradients = (
+        torch.autograd.grad(value, [*shared.values()], None, True, materialize_grads=True)
+        for value in (loss, expected)
+    )
+    assert all(torch.allclose(*pair, rtol=1e-3, atol=1e-6) for pair in zip(*gradients))
     # TRADES is attacked with the statistics of each x', RSLAD's student with those of x.
     attacked = chapter.Network(net, shared, student)
     attacked(x)
-    attacked = attacked if chapter is c2 else chapter.fold_norms(attacked)
+    attacked = attacked if trades else chapter.fold_norms(attacked)
     climbed = textbook_kl(target, attacked(x_adv).double())
     assert seen["loss"](x_adv).item() == pytest.approx(climbed.item(), rel=1e-4)
-    assert chapter is c2 or abs(climbed - robust) > 1e-4 * robust
+    assert trades or abs(climbed - robust) > 1e-4 * robust
 
 
 def test_the_largest_student_begins_as_the_teacher():
@@ -512,26 +516,22 @@ def test_the_course_of_distillation(folder, monkeypatch, words):
         share = (i % length + 1) / length
         lr = 0.36 * min(share / 0.1, (1 + math.cos(math.pi * share)) / 2)
         assert abs(step["lr"] - lr) < 1e-9 and (step["momentum"] == 0) == (i % length == 0)
-    varied, every = [], {"width", "depth", "expand"}
+    varied, largest, every = [], net["students"]["largest"], {"width", "depth", "expand"}
     for part in (steps[:10], steps[10:20], steps[20:]):
         pairs = [pair for step in part for pair in step["student"].items()]
-        below = {gene for gene, value in pairs if value and value != net["genes"][gene][-1]}
-        below |= {gene for gene, value in pairs if gene.startswith("depth") and not value}
+        below = [gene for gene, value in pairs if value not in (0, largest[gene])]  # 0: off
+        below += [gene for gene, value in pairs if "depth" in gene and value == 0]
         varied.append({gene.split("_")[0] for gene in below})
     if name == "usual":
         assert all(step["student"] == net["students"]["usual"] for step in steps)
     else:
         steps_of = {"progressive": [{"width"}, {"width", "depth"}, every], "random": [every] * 3}
         assert varied == steps_of[name]
-        assert len({tuple(step["student"].values()) for step in steps[-10:]}) > 5  # each its own
+        assert len(different(step["student"] for step in steps[-10:])) > 5  # each its own
     if name == "progressive":  # sorted once, between the second and the third phase
-        for before, after in ((9, 10), (19, 20)):
-            moved = steps[before]["shared"]["1_1_last"] - steps[after]["shared"]["1_1_last"]
+        for after in (10, 20):
+            moved = steps[after - 1]["shared"]["1_1_last"] - steps[after]["shared"]["1_1_last"]
             assert (moved.abs().max() > 0.2) == (after == 20)
-        importance = steps[20]["shared"]["1_1_last"].abs().sum((0, 2, 3))
-        assert (importance.diff() <= 0).all()
-    logged = [float(row["lr"]) for row in rows_of(folder / f"run/03_{name}_log.csv")]
-    assert logged == [step["lr"] for step in steps[4::5]]
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
@@ -545,7 +545,7 @@ def test_the_attack_as_a_cuda_graph_changes_no_loss(folder):
         words = [sys.executable, *code, *flags]
         printed = subprocess.check_output(words, cwd=folder, env=environment, text=True)
         assert "on cuda in" in printed
-        log = rows_of(folder / "run/03_progressive_log.csv")
+        log = rows_of(folder / "run/03_progressive.csv")
         losses.append([float(row["loss"]) for row in log])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
@@ -553,8 +553,7 @@ def test_the_attack_as_a_cuda_graph_changes_no_loss(folder):
 # ---- Chapter 4: the predictor --------------------------------------------------------------------
 @both
 def test_the_predictor_recovers_an_additive_function(net):
-    students = c4.distinct_students(net, 300, SEED)
-    assert students[:9] == c4.distinct_students(net, 9, SEED)  # more students add to the others
+    students = different(students_of(net, 600))[:300]
     features = c4.one_hot(net, students)
     for student, row in zip(students[:50], features.tolist()):  # nothing for a gene that is off
         pairs = [
@@ -565,7 +564,6 @@ def test_the_predictor_recovers_an_additive_function(net):
     labels = features @ (torch.randn(features.shape[1], 2) / 50) + 0.5
     predictor = c4.train_predictor(net, students[:250], labels[:250], 20, SEED)
     error = c4.predict_accuracy(predictor, net, students[250:]) - labels[250:]
-    assert len({tuple(s.values()) for s in students}) == 300
     assert (error.square().mean(0).sqrt() < labels.std(0) / 4).all()
     report = c4.compare(net, students, labels, labels[250:])
     assert all(row["linear"] < 1e-3 and row["RMSE"] == 0 for row in report)
@@ -573,14 +571,16 @@ def test_the_predictor_recovers_an_additive_function(net):
 
 def test_the_report_is_of_all_pairs():
     rng, net = np.random.default_rng(SEED), TINY[0]
-    students = c4.distinct_students(net, 40, SEED)
     labels, predicted = rng.integers(0, 8, (40, 2)) / 8, rng.integers(0, 12, (30, 2)) / 12  # ties
-    rows = c4.compare(net, students, *map(torch.tensor, (labels, predicted)))
-    for row, a, b, mean in zip(rows, labels[10:].T, predicted.T, labels[:10].mean(0)):
-        pairs = np.array([np.sign([a[i] - a[j], b[i] - b[j]]) for i in range(30) for j in range(i)])
-        assert abs(row["tau"] - pairs.prod(1).sum() / np.abs(pairs).sum(0).prod() ** 0.5) < 1e-6
-        assert abs(row["RMSE"] - ((a - b) ** 2).mean() ** 0.5) < 1e-9
-        assert abs(row["of the mean"] - ((a - mean) ** 2).mean() ** 0.5) < 1e-9
+    rows = c4.compare(net, students_of(net, 38), torch.tensor(labels), torch.tensor(predicted))
+    for target, row in enumerate(rows):
+        real, guessed, mean = labels[10:, target], predicted[:, target], labels[:10, target].mean()
+        pairs = np.array([*itertools.combinations(range(30), 2)])
+        signs = [np.sign(part[pairs[:, 0]] - part[pairs[:, 1]]) for part in (real, guessed)]
+        untied = [np.abs(part).sum() for part in signs]
+        assert row["tau"] == pytest.approx((signs[0] @ signs[1]) / np.prod(untied) ** 0.5)
+        assert row["RMSE"] == pytest.approx(((real - guessed) ** 2).mean() ** 0.5)
+        assert row["of the mean"] == pytest.approx(((real - mean) ** 2).mean() ** 0.5)
 
 
 def test_progress_says_what_is_left(monkeypatch, capsys):
@@ -643,58 +643,45 @@ def test_nsga2_reaches_the_true_front_and_keeps_the_budget(monkeypatch):
     assert np.mean([first[0].index(mother) for mother in mothers[:60]]) < 25  # the better of two
 
 
-def test_the_search_begins_with_students_of_its_own(finished):
-    predictor, search = read(finished / "run", "04_predictor", "05_search")
-    genes = lambda rows: {tuple(row[gene] for gene in predictor["net"]["genes"]) for row in rows}
-    first = [row for row in search["rows"]["population"] if row["generation"] == "first"]
-    assert len(genes(predictor["rows"]["students"]) & genes(first)) < 4  # else predicted too well
-
-
 # ---- Baselines, table 1 and the figures ----------------------------------------------------------
 def test_baselines_make_table_1_and_the_costs(folder):
     """TRADES and RSLAD of one student; a second budget; figures from .pt files only."""
     out = folder / "run"
     least = run(folder, 5, "--max-macs", 0.1, fails=True).split("student's are ")[1].split(",")[0]
-    run(folder, 5, "--max-macs", float(least) + 0.001)
+    budget = float(least) + 0.001
+    run(folder, 5, "--max-macs", budget)
     run(folder, 2, "--epochs", 1, "--student", "usual")
-    for words in ([3], [3, "--epochs", 2]):
-        run(folder, *words, "--student", "usual")
+    run(folder, 3, "--student", "usual")
     run(folder, 2, "--judge", "--eps", 4)
-    rows = {(row["file"], row["student"]): row for row in rows_of(out / "table1.csv")}
-    net = read(out, "01_dynamic_net")[0]["net"]
-    budget = f"05_search_{float(least) + 0.001:g}M"
-    largest, usual = net["students"]["largest"], net["students"]["usual"]
+    net, search, small = read(out, "01_dynamic_net", "05_search", f"05_search_{budget:g}M")
+    named, net = net["net"]["students"], net["net"]
     students = {
-        ("02_teacher", "largest"): largest,
-        ("02_usual", "usual"): usual,
-        ("03_progressive", "largest"): largest,
-        ("03_progressive", "usual"): usual,
-        ("03_usual", "usual"): usual,
-        ("05_search", "best"): read(out, "05_search")[0]["students"]["best"],
-        (budget, "best"): net["students"]["smallest"],
+        ("02_teacher", "largest"): named["largest"],
+        ("02_usual", "usual"): named["usual"],
+        ("03_progressive", "largest"): named["largest"],
+        ("03_progressive", "usual"): named["usual"],
+        ("03_usual", "usual"): named["usual"],
+        ("05_search", "best"): search["students"]["best"],
+        (f"05_search_{budget:g}M", "best"): named["smallest"],
     }
-    assert [*rows] == [*students] and {row["eps"] for row in rows.values()} == {"4.0"}
-    for name, student in students.items():
-        assert (int(rows[name]["params"]), int(rows[name]["macs"])) == c5.cost(net, student)
-    assert {path.name[7:] for path in out.glob("student*")} == {".pt2", f"{budget[9:]}.pt2"}
-    alone, chain = read(out, "03_usual", "03_progressive")
+    rows = rows_of(out / "table1.csv")
+    for row, (name, student) in zip(rows, students.items(), strict=True):
+        assert (row["file"], row["student"], row["eps"]) == (*name, "4.0")
+        assert (int(row["params"]), int(row["macs"])) == c5.cost(net, student)
+    assert {path.name for path in out.glob("*.pt2")} == {"student.pt2", f"student_{budget:g}M.pt2"}
     for table in out.glob("*.csv"):  # tables are for people
         table.write_text("cut,by\n")
     assert "50 devices: " in run(folder, 5, "--figures")
-    seconds = [row["seconds"] for row in alone["rows"]]
+    seconds = [row["seconds"] for row in read(out, "03_usual")[0]["rows"]]
     hours = float(rows_of(out / "05_cost.csv")[9]["retraining"])
     assert hours == pytest.approx(10 * np.median(seconds) * len(seconds) / 3600)
-    drawn = {path.stem for path in out.glob("*.svg")}
-    logs = {f"{name}_log" for name in ("02_teacher", "02_usual", "03_progressive", "03_usual")}
-    others = {"04_students", "04_widths", "04_predictions", "05_population", "05_cost"}
-    assert drawn == logs | others | {budget.replace("search", "population")}
-    population = read(out, budget)[0]["rows"]["population"]
-    fit = [row for row in population if row["macs"] <= 1e6 * float(least) + 1e3]
-    dots = (out / f"{budget.replace('search', 'population')}.svg").read_text().count("<circle")
+    population = small["rows"]["population"]
+    fit = [row for row in population if row["macs"] <= 1e6 * budget]
+    dots = (out / f"05_population_{budget:g}M.svg").read_text().count("<circle")
     assert dots == len(fit) + 1 < len(population)
     delete(folder, "03_usual*")
     run(folder, 3, "--student", "usual", "--epochs", 1)
-    assert "leaves out 03_usual, whose flags are not" in run(folder, 5, "--figures")
+    assert "50 devices: " not in run(folder, 5, "--figures")  # fewer epochs would cost less
 
 
 # ---- Stops: killed at any moment, the same command ends with the same files ----------------------
@@ -722,53 +709,14 @@ def test_stopped_at_any_moment(finished, tmp_path, monkeypatch):
     assert stops > 2 and contents(finished / "run") == contents(tmp_path / "run")
 
 
-@pytest.mark.parametrize("number, moment", [(2, "before"), (3, "before"), (2, "after")])
-def test_killed_at_the_last_rename(folder, monkeypatch, number, moment):
-    """Before the finished file is written, and before the state is deleted."""
-    delete(folder, "0[23]*.svg")
-    before = contents(folder / "run")
-    delete(folder, "02_*", "03_*") if number == 2 else delete(folder, "03_*")
-
-    def save(path, *content, real=CHAPTERS[number - 1].save, **more):
-        if path.suffix == ".state" or moment == "after":
-            real(path, *content, **more)
-        if path.suffix == ".pt":
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CHAPTERS[number - 1], "save", save)
-        with pytest.raises(KeyboardInterrupt):
-            run(folder, number)
-    assert list((folder / "run").glob("0[23]*.state"))
-    assert "after epoch" in run(folder, number) or moment == "after"
-    run(folder, 3)
-    assert contents(folder / "run") == before
-
-
-def test_a_resumed_teacher_has_the_same_checksum(folder, monkeypatch):
-    """Of MobileNet, whose layer "stem" is also the name of a size: pickles tell equal from same."""
-    made, words = [], ("--net", "mbv3", "--out", "new", "--batch-size", 162)
-    run(folder, 1, *words[:4])
-    for killed in (False, True):
-        with monkeypatch.context() as patch:
-            if killed:  # before the finished file is written
-                stop = lambda *a, real=c2.save, **k: a[0].suffix == ".pt" and 1 / 0 or real(*a, **k)
-                patch.setattr(c2, "save", stop)
-                pytest.raises(ZeroDivisionError, run, folder, 2, *words)
-        run(folder, 2, *words)
-        made.append(torch.load(folder / "new/02_teacher.pt")["checksum"])
-        (folder / "new/02_teacher.pt").unlink()
-    assert made[0] == made[1]
-
-
 def test_what_is_missing_is_made_the_same(folder):
     before = contents(folder / "run")
     delete(folder, "01_images.pt", "04_students.svg", "student.pt2", "table1.csv")
-    assert "01_images.pt is missing" in run(folder, 2)
+    run(folder, 1)
     run(folder, 5)
     assert before == contents(folder / "run")
     delete(folder, "01*", "02*")  # not needed by what is there
-    assert "is missing" not in run(folder, 5)
+    assert "running" not in run(folder, 5)
 
 
 def test_more_students_add_to_the_measured_ones(folder, monkeypatch):
@@ -778,19 +726,15 @@ def test_more_students_add_to_the_measured_ones(folder, monkeypatch):
     monkeypatch.setattr(c4, "measure", lambda *a: measured.append(1) or judge(*a))
     run(folder, 4, "--students", 14)
     (after,) = read(folder / "run", "04_predictor")
-    assert after["rows"]["students"][:12] == before["rows"]["students"] and len(measured) == 2 + 4
-    delete(folder, "04_predictor.pt")
-    monkeypatch.setattr(c4, "sample", lambda net, rng: net["students"]["smallest"])
-    assert "does not hold so many" in run(folder, 4, fails=True)
+    assert (
+        after["rows"]["students"][:12] == before["rows"]["students"] and len(measured) == 2 + 3
+    )  # and widths
 
 
 def test_a_file_is_written_whole_or_not(tmp_path, monkeypatch):
     path = tmp_path / "02_a.state"
     c2.save(path, {"a": 1}, rows=[1])
-    full = lambda content, path: path.write_bytes(b"cut") and 1 / 0  # a disk
-    monkeypatch.setattr(
-        torch, "save", lambda c, p, real=torch.save: (full if isinstance(p, Path) else real)(c, p)
-    )
+    monkeypatch.setattr(torch, "save", lambda content, file: file.write(b"cut") and 1 / 0)
     with pytest.raises(ZeroDivisionError):
         c2.save(path, {"a": 1}, rows=[2])
     assert c2.load(path, {"a": 1})["rows"] == [1]
@@ -861,13 +805,10 @@ def test_other_images_are_noticed(folder):
     printed = run(folder, 1, *words)
     labels = torch.load(folder / "new/01_images.pt")["data"]["train_labels"]
     share = labels.bincount().max().item() / 162
-    assert f"/own: 162 train images, {share:.0%} of the largest class" in printed
+    assert f"own: 162 train images, {share:.0%} of the largest class" in printed
     assert "in this order: bright, dark, middling, grün" in printed
     run(folder, 2, *words, "--epochs", 1)
     shutil.copy(dark / "1.png", dark / "0.png")
-    (folder / "own").rename(folder / "moved")
-    assert "is finished" in run(folder, 2, *words, "--epochs", 1)  # which needs them no more
-    (folder / "moved").rename(folder / "own")
     (folder / "new/01_images.pt").unlink()
     changed = "01_dynamic_net.pt: 01_images.pt was "
     assert changed in run(folder, 1, *words, fails=True)
@@ -886,7 +827,6 @@ BAD_FLAGS = """
 3 --student usual --lr 1e3 --warmup 0.001: the loss is not finite
 3 --epochs 3: 03 epochs was 2, is 3: delete the file, or use another --out
 3 --student usual --batch-size 200 --epochs 0: epochs is 0, not 1 to inf
-2 --student usual --batch-size 200 --epochs 1: the last iteration's learning rate is 0
 4 --eps 0.031: in 1/255: 8, not 0.031
 4 --test-students 11: must be at most --students minus 2
 5 --mutation 1.5: mutation is 1.5, not 0 to 1
@@ -909,7 +849,7 @@ SPOIL = {
     f"{DARK} cannot be used, convert or remove it: cannot": lambda at: (at / DARK).write_bytes(b""),
     f"{DARK} cannot be used, convert or remove it: 16 or 32": lambda at: DEEP.save(at / DARK),
     "train/ and test/ differ in ['dark']": lambda at: shutil.rmtree(at / "test/dark"),
-    "has one class only, bright": lambda at: [*map(shutil.rmtree, at.glob("*/[!b]*"))],
+    "at least two classes and ten": lambda at: [*map(shutil.rmtree, at.glob("*/[!b]*"))],
     "or a folder of train/<class>/*": lambda at: shutil.rmtree(at / "test"),
 }
 
@@ -926,13 +866,6 @@ def test_a_failed_download_is_named(folder, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.CIFAR10.__init__", fail)
     says = "cifar10 could not be downloaded (no host): put cifar-10-python.tar.gz into data/"
     assert says in run(folder, 1, "--dataset", "cifar10", "--out", "new", fails=True)
-
-
-def test_a_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["chapter.py", "--dataset=a/../b", "--net=mbv3", "--seed=1"])
-    args = c5.read_flags()
-    assert args.out == Path("runs/b-mbv3-paper-seed1") and args.dataset == f"{tmp_path}/b"
 
 
 def test_a_picture_is_read_as_viewers_show_it(tmp_path):
@@ -964,9 +897,8 @@ def test_chapters_share_only_equal_text():
 
 
 WRITTEN = """01_dynamic_net.pt 01_images.pt 01_students.csv
-02_teacher.pt 02_teacher_log.csv 02_teacher_log.svg
-03_progressive.pt 03_progressive_log.csv 03_progressive_log.svg
-04_measured.state 04_pictures.png 04_predictions.csv 04_predictions.svg 04_predictor.pt
+02_teacher.pt 02_teacher.csv 02_teacher.svg 03_progressive.pt 03_progressive.csv
+03_progressive.svg 04_measured.state 04_predictions.csv 04_predictions.svg 04_predictor.pt
 04_report.csv 04_students.csv 04_students.svg 04_widths.csv 04_widths.svg
 05_best.csv 05_population.csv 05_population.svg 05_search.pt student.pt2 table1.csv"""
 
@@ -997,31 +929,26 @@ def test_the_search_keeps_its_budget_and_table_1_judges_for_real(chain):
     out = chain[1]
     images, search = read(out, "01_images", "05_search")
     data, net, student = images["data"], search["net"], search["students"]["best"]
-    (best,), (teacher, *_, largest, usual, chosen) = (
-        rows_of(out / "05_best.csv"),
-        rows_of(out / "table1.csv"),
-    )
-    names = [(row["file"], row["student"]) for row in (teacher, largest, usual, chosen)]
-    dynamic = [("03_progressive", "largest"), ("03_progressive", "usual")]
-    assert names == [("02_teacher", "largest"), *dynamic, ("05_search", "best")]
+    (best,), (teacher, *_, chosen) = rows_of(out / "05_best.csv"), rows_of(out / "table1.csv")
     assert [float(best[gene]) for gene in net["genes"]] == [*student.values()]
     assert (int(chosen["params"]), int(chosen["macs"])) == c5.cost(net, student)
-    budget = search["settings"]["05 max_macs"]
-    assert int(best["macs"]) <= 1e6 * budget < int(largest["macs"])
-    sums = [
-        row["predicted_natural"] + row["predicted_robust"]
-        for row in search["rows"]["population"]
-        if row["macs"] <= 1e6 * budget and row["generation"] == "last"
-    ]
-    assert max(sums) == float(best["predicted_natural"]) + float(best["predicted_robust"])
+    budget, predicted = 1e6 * search["settings"]["05 max_macs"], []
+    assert int(best["macs"]) <= budget < int(teacher["macs"])
+    for row in search["rows"]["population"]:
+        if row["macs"] <= budget and row["generation"] == "last":
+            predicted.append(row["predicted_natural"] + row["predicted_robust"])
+    assert max(predicted) == float(best["predicted_natural"]) + float(best["predicted_robust"])
     assert float(chosen["natural"]) > float(chosen["fgsm"]) >= float(chosen["pgd20"]) - 0.02 > 0.1
     network = c4.Network(net, search["weights"], student)  # judged by hand
-    judged = c4.calibrated(network, data["calibration"])
-    right = judged(data["test"] / 255).argmax(1) == data["test_labels"]
-    assert abs(right.double().mean().item() - float(chosen["natural"])) < 1e-6
-    names, x = {"names": ""}, data["test"][:9] / 255
+    judged, names, x = (
+        c4.calibrated(network, data["calibration"]),
+        {"names": ""},
+        data["test"] / 255,
+    )
+    right = (judged(x).argmax(1) == data["test_labels"]).double().mean().item()
+    assert right == pytest.approx(float(chosen["natural"]))
     exported = torch.export.load(out / "student.pt2", extra_files=names).module()
-    torch.testing.assert_close(exported(x), judged(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(exported(x[:9]), judged(x[:9]), rtol=1e-4, atol=1e-4)
     assert names["names"].split("\n") == images["classes"]
     assert not exported(x).requires_grad and len([*exported.parameters()]) == len(judged.slices)
 

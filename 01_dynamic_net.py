@@ -3,7 +3,7 @@
 One set of weights holds trillions of networks (tiny: thousands). A student is a genotype, a choice
 for each gene. Its weights are the leading slices of the shared ones, so it costs nothing to make.
 
-    depth      blocks of a stage (ResNet: extra ones); of the stem: has it a second layer?
+    depth      blocks of a stage (ResNet: extra ones); of the stem: has it its second layer?
     width      channels of a stage, of the stem, of its first layers, as a share of the largest's
     kernel     side of a depthwise kernel (MobileNet, in place of widths)
     expand     channels inside a block, as a multiple of its output's (MobileNet: of its input's)
@@ -56,10 +56,10 @@ class Network:
         self.slices = {}  # {layer: the part of its shared weight that this student uses}
         self.stats = {}  # {layer: (mean, variance) of its outputs}, averages over all batches
         self.batches = 0  # how many those are
-        self.folded = False  # is batch norm part of the convolutions?
+        self.folded = False  # fold_norms (chapter 2) sets it
 
     def slice(self, name, out, inputs=None, kernel=1):
-        """Of a convolution's weight (out, inputs, kernel, kernel), of a vector (out,)."""
+        """The leading slice of a weight (out, inputs, kernel, kernel), or of a vector (out,)."""
         if name not in self.slices:
             with torch.enable_grad():  # it is kept, and may learn in a later call
                 weight = self.shared[name][:out]
@@ -235,7 +235,7 @@ def make_net(name, preset, classes):
 
 def make_genes(net):
     """A stage has a depth, and ResNet's a width: identity shortcuts join its blocks. A block has an
-    expansion, and MobileNet's a kernel. ResNet's stem has a second layer and two widths, too."""
+    expansion, and MobileNet's a kernel. ResNet's stem has an optional layer and two widths, too."""
     mobile, numbers = "kernel" in net, range(1, len(net["stages"]) + 1)
     genes, switches = {f"depth_{i}": net["depth"] for i in numbers}, {}
     if not mobile:
@@ -250,8 +250,8 @@ def make_genes(net):
 
 
 def canonical(net, student):
-    """The genotype with 0 for each gene of a block that its depth switches off, so that genotypes
-    of one network are equal. (Some stay different, because channels are rounded.)"""
+    """The genotype with 0 for each gene of a block that its depth switches off, so that a network
+    has one genotype. (Sometimes it has two, because channels are rounded.)"""
     off = [gene for gene, (depth, least) in net["switches"].items() if student[depth] < least]
     return student | dict.fromkeys(off, 0)
 
@@ -263,7 +263,7 @@ def sample(net, rng):
 
 def count_students(net):
     """How many genotypes the network holds, exactly (section 4.3; paper: 2e19, MobileNet). Genes
-    of a block that is off do not count, so the forms of a stage add up over its depths."""
+    of a block that is off do not count, so a stage's combinations add up over its depths."""
     total, switches = 1, net["switches"].items()
     for gene in net["genes"].keys() - net["switches"].keys():
         forms = 0
@@ -332,7 +332,7 @@ def read_images(args):
     held_out, kept = order.tensor_split([len(order) // 10])
     count = 500 if args.preset == "tiny" else 2000
     torch.manual_seed(0)
-    calibration = augment(pixels[kept][:4000])[:count]  # 4000, so that all presets crop equally
+    calibration = augment(pixels[kept][:4000])[:count]  # 4000 for any count: the same crops
     data = {"calibration": calibration, "test": test[0], "test_labels": test[1]}
     for part, pick in {"train": kept, "held_out": held_out}.items():
         data[part], data[f"{part}_labels"] = pixels[pick], labels[pick]

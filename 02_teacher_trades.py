@@ -16,7 +16,7 @@ New here: pgd, trades_loss, main, judging, table 1 and the export, the CUDA grap
 
     python 02_teacher_trades.py --dataset cifar10    # the paper's schedule, on a GPU
     python 02_teacher_trades.py --student usual      # a row of table 1: TRADES of one student
-    python 02_teacher_trades.py --judge              # table 1 of this folder, as chapter 5 runs it
+    python 02_teacher_trades.py --judge              # table 1 of this folder; chapter 5 runs it
 
 reads   01_images.pt, 01_dynamic_net.pt (made first if missing)
 writes  02_teacher.pt, .csv        the best epoch's weights; a row for each epoch (02_usual...)
@@ -75,12 +75,12 @@ def input_gradient(loss, x):
 
 def trades_loss(network, x, y, beta, attack):
     """The loss of images x (B, 3, 32, 32) in [0, 1] with labels y (B,), and its two parts by name;
-    attack: (eps, step_size, steps), of 1."""
+    attack: (eps, step_size, steps), where 1 is white."""
     logits = network(x)
     log_f = logits.log_softmax(1)  # log f(x), (B, classes)
     # The attack. At x the KL and its gradient are zero, so it starts slightly off x. Batch norm has
-    # the statistics of each step's own x', as in the loss below. With those of x in all steps, as
-    # in chapter 3, training from random weights ends worse.
+    # the statistics of each step's own x', as in the loss below. Frozen at those of x (chapter 3),
+    # training from random weights ends worse.
     target, noise = log_f.detach(), 0.001 * torch.randn_like(x)
     x_adv = pgd(lambda z: kl(target, network(z)), x, noise, *attack)
     # The loss. Gradients flow through both sides of its KL.
@@ -314,7 +314,7 @@ def moved(tensors, device, learn=False):
 
 
 def run_missing(args, *files):
-    """Run the chapter of each file that is missing together with all files listed after it."""
+    """For each file: if it and all later ones are missing, run its chapter."""
     for i, name in enumerate(files):
         if not any((args.out / later).exists() for later in files[i:]):
             run_chapter(args, CHAPTERS[int(name[:2]) - 1])
@@ -345,10 +345,10 @@ class Network:
         self.slices = {}  # {layer: the part of its shared weight that this student uses}
         self.stats = {}  # {layer: (mean, variance) of its outputs}, averages over all batches
         self.batches = 0  # how many those are
-        self.folded = False  # is batch norm part of the convolutions?
+        self.folded = False  # fold_norms (chapter 2) sets it
 
     def slice(self, name, out, inputs=None, kernel=1):
-        """Of a convolution's weight (out, inputs, kernel, kernel), of a vector (out,)."""
+        """The leading slice of a weight (out, inputs, kernel, kernel), or of a vector (out,)."""
         if name not in self.slices:
             with torch.enable_grad():  # it is kept, and may learn in a later call
                 weight = self.shared[name][:out]

@@ -10,8 +10,8 @@
 
 The order is the paper's idea: weights that many students share are learned while students are still
 large; small ones come last, and inherit weights that work. Dyn-MobileNetV3 varies kernels in place
-of widths. The loss is RSLAD's (Zi et al., 2021): the target is the teacher's answer to the natural
-image, with and without the attack. It is robust already, and says more than the label does.
+of widths. The loss is RSLAD's (Zi et al., 2021): to x and to x' the student should answer as the
+teacher answers x. That answer is robust already, and says more than the label does.
 
 New here: rslad_loss, draw, main, sort_channels, reorder; the rest is as in chapters 1 and 2.
 
@@ -19,7 +19,7 @@ New here: rslad_loss, draw, main, sort_channels, reorder; the rest is as in chap
     python 03_progressive_rslad.py --sampling random     # the paper's baseline: all genes vary
     python 03_progressive_rslad.py --student usual       # RSLAD of one student, from random weights
 
-reads   01_images.pt, 02_teacher.pt; with --student 01_dynamic_net.pt (made first if missing)
+reads   01_images.pt, 02_teacher.pt (--student: and 01_dynamic_net.pt); made first if missing
 writes  03_progressive.pt, .csv (03_random..., 03_usual...)    weights; a row for each epoch
 """
 
@@ -64,13 +64,13 @@ VARIES = {  # figure 4: the kinds of genes that vary in each phase
 # ---- The lesson: robustness distillation of random students --------------------------------------
 def rslad_loss(network, teacher, x, alpha, attack):
     """Equation 2: the loss of images x (B, 3, 32, 32) in [0, 1], and its two parts by name; attack:
-    (eps, step_size, steps), of 1."""
+    (eps, step_size, steps), where 1 is white."""
     with torch.no_grad():
         target = teacher(x).log_softmax(1)  # log T(x), (B, classes)
     natural_kl = kl(target, network(x))  # this leaves batch-norm statistics of x in the network
     # L_max: the attack, on the student with those statistics in all steps. That is faster than with
-    # each step's own, and as good (students were 0.06 / 0.01 points better). It starts slightly off
-    # x, because a student that answers as the teacher has no gradient there.
+    # each step's own, and as good (students: natural +0.06, robust +0.01 points). It starts a bit
+    # off x, because a student that answers as the teacher has no gradient there.
     frozen, noise = fold_norms(network), 0.001 * torch.randn_like(x)
     x_adv = pgd(lambda z: kl(target, frozen(z)), x, noise, *attack)
     # L_min: the loss. Batch norm has the batch's statistics, as the teacher has: running averages
@@ -334,7 +334,7 @@ def moved(tensors, device, learn=False):
 
 
 def run_missing(args, *files):
-    """Run the chapter of each file that is missing together with all files listed after it."""
+    """For each file: if it and all later ones are missing, run its chapter."""
     for i, name in enumerate(files):
         if not any((args.out / later).exists() for later in files[i:]):
             run_chapter(args, CHAPTERS[int(name[:2]) - 1])
@@ -355,8 +355,8 @@ def divisible(channels):
 
 
 def canonical(net, student):
-    """The genotype with 0 for each gene of a block that its depth switches off, so that genotypes
-    of one network are equal. (Some stay different, because channels are rounded.)"""
+    """The genotype with 0 for each gene of a block that its depth switches off, so that a network
+    has one genotype. (Sometimes it has two, because channels are rounded.)"""
     off = [gene for gene, (depth, least) in net["switches"].items() if student[depth] < least]
     return student | dict.fromkeys(off, 0)
 
@@ -372,10 +372,10 @@ class Network:
         self.slices = {}  # {layer: the part of its shared weight that this student uses}
         self.stats = {}  # {layer: (mean, variance) of its outputs}, averages over all batches
         self.batches = 0  # how many those are
-        self.folded = False  # is batch norm part of the convolutions?
+        self.folded = False  # fold_norms (chapter 2) sets it
 
     def slice(self, name, out, inputs=None, kernel=1):
-        """Of a convolution's weight (out, inputs, kernel, kernel), of a vector (out,)."""
+        """The leading slice of a weight (out, inputs, kernel, kernel), or of a vector (out,)."""
         if name not in self.slices:
             with torch.enable_grad():  # it is kept, and may learn in a later call
                 weight = self.shared[name][:out]

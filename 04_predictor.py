@@ -9,10 +9,10 @@ A search asks for the accuracies of thousands of students, and PGD is far too sl
     compare predictions and measurements of those 300
 
 Two other errors (RMSE) stand beside the predictor's: that of always answering the mean, which is
-how much students differ, and that of a linear model. Labels are noisy, because they are accuracies
-on a sample of images; but the sample is the same for all students, so they share most of the noise.
+how much students differ, and that of a linear model. Measured accuracies are noisy, being those of
+a sample of images; but the sample is the same for all students, so they share most of the noise.
 
-New here: measure to widths; attack, judging and network are as in chapters 1 and 2.
+New here: measure() to widths(); attack, judging and network are as in chapters 1 and 2.
 
     python 04_predictor.py --dataset toy                         # runs what it needs before it
     python 04_predictor.py --dataset cifar10 --sampling random   # students of the baseline
@@ -71,7 +71,7 @@ def train_predictor(net, students, labels, epochs, seed):
     features = one_hot(net, students)
     mean, scale = labels.mean(0), labels.std(0).clamp(min=1e-4)  # both targets at one scale
     sizes = [features.shape[1], *[400] * 6, 2]  # released code
-    layers = []  # (matrix, bias): plain tensors, which chapter 5 reads from a file without a class
+    layers = []  # (matrix, bias): plain tensors, which chapter 5 reads without this code
     for inp, out in zip(sizes, sizes[1:]):
         layers.append((torch.randn(inp, out) * (2 / inp) ** 0.5, torch.zeros(out)))
     layers[-1][0].zero_()  # before training it answers the mean
@@ -112,9 +112,9 @@ def mlp(layers, x):
 
 
 def compare(net, students, labels, predicted):
-    """A row for each target: how far predictions (T, 2) of the last T students are from their
-    labels, (N, 2) of all; and, for comparison, how far the mean of the others is, and a linear
-    model fitted to them. tau: a search needs only the order; Kendall's tau-b is the share of pairs
+    """A row for each target: the RMSE of predictions (T, 2) of the last T students, whose labels
+    are the last of (N, 2); that of the mean of the first N - T; and that of a linear model fitted
+    to those. tau: a search needs only the order; Kendall's tau-b is the share of pairs
     in the right order minus that of pairs in the wrong one, corrected for ties. accuracy: the mean
     of all labels."""
     train, test = labels[: -len(predicted)], labels[-len(predicted) :]
@@ -152,7 +152,7 @@ def main():
     if checkpoint.exists():
         print(f"{checkpoint} is finished (delete it to redo it)")
     else:
-        # Other students, or another predictor, need no new measurements of the old ones.
+        # More students, or another predictor, need no new measurements of the old ones.
         fitting = "04 students", "04 test_students", "04 epochs"
         measuring = {name: settings[name] for name in settings if name not in fitting}
         rng = random.Random(args.seed)
@@ -191,7 +191,7 @@ def main():
 
 
 def widths(net):
-    """Figure 6: {width (kernel): the largest student, but for this width of all its layers}."""
+    """Figure 6: {width (kernel): the largest student with this width in all layers}."""
     kind, largest = "kernel" if "kernel" in net else "width", net["students"]["largest"]
     varies = [gene for gene in largest if gene.startswith(kind)]
     return {value: largest | dict.fromkeys(varies, value) for value in net[kind]}
@@ -303,7 +303,7 @@ def moved(tensors, device, learn=False):
 
 
 def run_missing(args, *files):
-    """Run the chapter of each file that is missing together with all files listed after it."""
+    """For each file: if it and all later ones are missing, run its chapter."""
     for i, name in enumerate(files):
         if not any((args.out / later).exists() for later in files[i:]):
             run_chapter(args, CHAPTERS[int(name[:2]) - 1])
@@ -324,8 +324,8 @@ def divisible(channels):
 
 
 def canonical(net, student):
-    """The genotype with 0 for each gene of a block that its depth switches off, so that genotypes
-    of one network are equal. (Some stay different, because channels are rounded.)"""
+    """The genotype with 0 for each gene of a block that its depth switches off, so that a network
+    has one genotype. (Sometimes it has two, because channels are rounded.)"""
     off = [gene for gene, (depth, least) in net["switches"].items() if student[depth] < least]
     return student | dict.fromkeys(off, 0)
 
@@ -346,10 +346,10 @@ class Network:
         self.slices = {}  # {layer: the part of its shared weight that this student uses}
         self.stats = {}  # {layer: (mean, variance) of its outputs}, averages over all batches
         self.batches = 0  # how many those are
-        self.folded = False  # is batch norm part of the convolutions?
+        self.folded = False  # fold_norms (chapter 2) sets it
 
     def slice(self, name, out, inputs=None, kernel=1):
-        """Of a convolution's weight (out, inputs, kernel, kernel), of a vector (out,)."""
+        """The leading slice of a weight (out, inputs, kernel, kernel), or of a vector (out,)."""
         if name not in self.slices:
             with torch.enable_grad():  # it is kept, and may learn in a later call
                 weight = self.shared[name][:out]

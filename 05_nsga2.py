@@ -6,8 +6,8 @@ dominates are the first front (rank 0), those dominated only by them the second,
     objectives = predicted accuracy, robustness; constraint: MACs within the device's budget
     generation = random students                        # and the smallest, which fits any budget
     repeat:                                             # 100 times in the paper
-        children = genes from two parents, some drawn anew; a parent is the better of two
-        generation = the best half of parents and children    # by rank, then by room around them
+        children = genes from two parents, some drawn anew; parent = better of two
+        generation = the best half of parents and children    # by rank, then the gap to neighbours
     chosen = the largest sum of both objectives on the first front    # the paper does not say which
 
 Two objectives keep all trade-offs on the front: which one to take is decided last.
@@ -20,8 +20,8 @@ New here: the search, the cost by formula, and figures, which stand last and may
 reads   04_predictor.pt (made first if missing); for figures all .pt files of the folder
 writes  05_search.pt, 05_best.csv, 05_population.csv   the chosen student; first, last generation
         table1.csv, student.pt2     by chapter 2: judged on the test images, and exported
-        05_cost.csv, *.svg          hours for 1 to 50 devices, and figures (--figures: only these)
-        (names end in _random with --sampling random, in _500M with --max-macs 500)
+        05_cost.csv, *.svg          hours for 1 to 50 devices (if there is a 03_usual.pt); figures
+        (most names end in _random with --sampling random, in _500M with --max-macs 500)
 """
 
 import argparse
@@ -228,8 +228,8 @@ def cost(net, student):
     params = macs = 0
 
     def layer(inputs, out, kernel=1, pooled=False, bias=False):
-        """`inputs`: channels that an output reads, 1 if depthwise. On a map of side x side, with
-        batch norm; pooled: on one pixel, without."""
+        """`inputs`: channels that an output reads, 1 if depthwise. On side x side pixels and with
+        batch norm; pooled: on one pixel and without."""
         nonlocal params, macs
         params += inputs * out * kernel**2 + (bias if pooled else 2) * out
         macs += inputs * out * kernel**2 * (1 if pooled else side**2)
@@ -277,8 +277,8 @@ def divisible(channels):
 
 
 def canonical(net, student):
-    """The genotype with 0 for each gene of a block that its depth switches off, so that genotypes
-    of one network are equal. (Some stay different, because channels are rounded.)"""
+    """The genotype with 0 for each gene of a block that its depth switches off, so that a network
+    has one genotype. (Sometimes it has two, because channels are rounded.)"""
     off = [gene for gene, (depth, least) in net["switches"].items() if student[depth] < least]
     return student | dict.fromkeys(off, 0)
 
@@ -290,7 +290,7 @@ def sample(net, rng):
 
 # ---- Files and flags, the same in every chapter --------------------------------------------------
 def run_missing(args, *files):
-    """Run the chapter of each file that is missing together with all files listed after it."""
+    """For each file: if it and all later ones are missing, run its chapter."""
     for i, name in enumerate(files):
         if not any((args.out / later).exists() for later in files[i:]):
             run_chapter(args, CHAPTERS[int(name[:2]) - 1])

@@ -3,7 +3,7 @@
 One set of weights holds trillions of networks (tiny: thousands). A student is a genotype, a choice
 for each gene. Its weights are the leading slices of the shared ones, so it costs nothing to make.
 
-    depth      blocks of a stage (ResNet: extra ones); of the stem: has it its second layer?
+    depth      blocks of a stage (ResNet: extra ones); of the stem: 0 without its second layer
     width      channels of a stage, of the stem, of its first layers, as a share of the largest's
     kernel     side of a depthwise kernel (MobileNet, in place of widths)
     expand     channels inside a block, as a multiple of its output's (MobileNet: of its input's)
@@ -218,7 +218,7 @@ def make_net(name, preset, classes):
     """A dynamic network without its weights: sizes, names of the classes, `genes` {gene: choices,
     smallest first}, `switches` {gene: (a depth gene, the least depth at which it is on)}, and some
     `students` by name. "usual" is the one that the paper trains by itself: about ResNet-50 (23.54 M
-    parameters; paper 23.52), or the MobileNet nearest in size with one depth, kernel and expansion
+    parameters; paper 23.52), or of equal genes the MobileNet nearest in size to the paper's
     (4.17 M; paper 4.21)."""
     net = {**NETWORKS[name, "tiny" if preset == "tiny" else "paper"], "classes": classes}
     net["genes"], net["switches"] = make_genes(net)
@@ -234,7 +234,7 @@ def make_net(name, preset, classes):
 
 
 def make_genes(net):
-    """A stage has a depth, and ResNet's a width: identity shortcuts join its blocks. A block has an
+    """A stage has a depth, and ResNet's a width, since identity shortcuts need one. A block has an
     expansion, and MobileNet's a kernel. ResNet's stem has an optional layer and two widths, too."""
     mobile, numbers = "kernel" in net, range(1, len(net["stages"]) + 1)
     genes, switches = {f"depth_{i}": net["depth"] for i in numbers}, {}
@@ -251,7 +251,7 @@ def make_genes(net):
 
 def canonical(net, student):
     """The genotype with 0 for each gene of a block that its depth switches off, so that a network
-    has one genotype. (Sometimes it has two, because channels are rounded.)"""
+    has one genotype (or several, where rounding of channels merges choices)."""
     off = [gene for gene, (depth, least) in net["switches"].items() if student[depth] < least]
     return student | dict.fromkeys(off, 0)
 
@@ -332,7 +332,7 @@ def read_images(args):
     held_out, kept = order.tensor_split([len(order) // 10])
     count = 500 if args.preset == "tiny" else 2000
     torch.manual_seed(0)
-    calibration = augment(pixels[kept][:4000])[:count]  # 4000 for any count: the same crops
+    calibration = augment(pixels[kept][:4000])[:count]  # always 4000, so crops agree
     data = {"calibration": calibration, "test": test[0], "test_labels": test[1]}
     for part, pick in {"train": kept, "held_out": held_out}.items():
         data[part], data[f"{part}_labels"] = pixels[pick], labels[pick]
@@ -340,7 +340,7 @@ def read_images(args):
 
 
 def toy_images(count, seed):
-    """Pictures of stripes, labels and names: 3 widths x 3 orientations. Phase, colours and noise
+    """Stripe pictures, labels and names: 3 widths x 3 orientations. Phase, colours and noise
     are random: no pixel tells the class, and flips and crops keep it."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 9, count)

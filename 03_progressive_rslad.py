@@ -356,7 +356,7 @@ def divisible(channels):
 
 def canonical(net, student):
     """The genotype with 0 for each gene of a block that its depth switches off, so that a network
-    has one genotype. (Sometimes it has two, because channels are rounded.)"""
+    has one genotype (or several, where rounding of channels merges choices)."""
     off = [gene for gene, (depth, least) in net["switches"].items() if student[depth] < least]
     return student | dict.fromkeys(off, 0)
 

@@ -47,7 +47,7 @@ FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
     "test_students": (300, 60, 6, 2, inf, "of them, kept to test the predictor; paper 300"),
     "images": (1000, 1000, 160, 2, inf, "held-out training images for each; paper silent"),
     "eps": (8.0, 8.0, 8.0, 0.2, inf, "largest change of a pixel, in 1/255: 8, not 0.031; paper 8"),
-    "step_size": (1.81, 1.81, 1.81, 0.02, inf, "in 1/255: 1.81, not 0.0071; paper 0.0071 of 1"),
+    "step_size": (1.81, 1.81, 1.81, 0.02, inf, "in 1/255; paper 0.0071, which is 1.81/255"),
     "steps": (20, 20, 10, 1, inf, "of the attack; paper 20"),
     "epochs": (30, 30, 30, 1, inf, "of the predictor; paper 30"),
 }
@@ -91,7 +91,7 @@ def predict_accuracy(predictor, net, students):
 
 
 def one_hot(net, students):
-    """Features (N, sum of choices): for each gene a 1 at its choice; none where it is off."""
+    """Features (N, all choices): for each gene a 1 at its choice; none where it is off."""
     columns = [
         [float(student[gene] == choice) for student in students]
         for gene, choices in net["genes"].items()
@@ -101,7 +101,7 @@ def one_hot(net, students):
 
 
 def mlp(layers, x):
-    """A fully-connected network with ReLU: features x (N, sum of choices) -> (N, 2)."""
+    """A fully-connected network with ReLU: features x (N, all choices) -> (N, 2)."""
     for matrix, bias in layers[:-1]:
         x = F.relu(x @ matrix + bias)
     matrix, bias = layers[-1]
@@ -109,11 +109,10 @@ def mlp(layers, x):
 
 
 def compare(net, students, labels, predicted):
-    """A row for each target: the RMSE of predictions (T, 2) of the last T students, whose labels
-    are the last of (N, 2); that of the mean of the first N - T; and that of a linear model fitted
-    to those. tau: a search needs only the order; Kendall's tau-b is the share of pairs
-    in the right order minus that of pairs in the wrong one, corrected for ties. accuracy: the mean
-    of all labels."""
+    """A row for each target, with the RMSE on the last T of N students: of predictions (T, 2), of
+    the mean label of the first N - T, and of a linear model fitted to these. tau: a search needs
+    only the order; Kendall's tau-b is the share of pairs in the right order minus that of pairs in
+    the wrong one, corrected for ties. accuracy: the mean of all labels."""
     train, test = labels[: -len(predicted)], labels[-len(predicted) :]
     features = one_hot(net, students)
     features = torch.cat([features, torch.ones(len(students), 1)], 1).double()
@@ -122,7 +121,7 @@ def compare(net, students, labels, predicted):
     answers["linear"] = features[len(train) :] @ linear
     columns = {name: (answer - test).square().mean(0).sqrt() for name, answer in answers.items()}
     real, guessed = ((part[:, None] - part).sign().flatten(0, 1) for part in (test, predicted))
-    columns["tau"] = F.cosine_similarity(real, guessed, dim=0)  # (T * T, 2): -1, 0 or 1 for a pair
+    columns["tau"] = F.cosine_similarity(real, guessed, dim=0)  # of signs (T * T, 2) of pairs
     columns["accuracy"] = labels.mean(0)
     papers = {"natural": 0.0076, "robust": 0.0072}  # section 5.2; the abstract has 0.0073
     return [
@@ -184,7 +183,7 @@ def main():
     tables = load(checkpoint, settings)["rows"]
     for name, rows in tables.items():
         write_csv(args.out / f"04_{name}{end}.csv", rows)
-    print(f"\non {args.test_students} students that were not used in training; shares of 1:")
+    print(f"\nRMSE and tau on {args.test_students} students that were not used in training:")
     finish(args, tables["report"], [checkpoint, args.out / f"04_*{end}.*"], CHAPTERS[4])
 
 
@@ -323,7 +322,7 @@ def divisible(channels):
 
 def canonical(net, student):
     """The genotype with 0 for each gene of a block that its depth switches off, so that a network
-    has one genotype. (Sometimes it has two, because channels are rounded.)"""
+    has one genotype (or several, where rounding of channels merges choices)."""
     off = [gene for gene, (depth, least) in net["switches"].items() if student[depth] < least]
     return student | dict.fromkeys(off, 0)
 

@@ -202,7 +202,7 @@ def predict_accuracy(predictor, net, students):
 
 
 def one_hot(net, students):
-    """Features (N, sum of choices): for each gene a 1 at its choice; none where it is off."""
+    """Features (N, all choices): for each gene a 1 at its choice; none where it is off."""
     columns = [
         [float(student[gene] == choice) for student in students]
         for gene, choices in net["genes"].items()
@@ -212,7 +212,7 @@ def one_hot(net, students):
 
 
 def mlp(layers, x):
-    """A fully-connected network with ReLU: features x (N, sum of choices) -> (N, 2)."""
+    """A fully-connected network with ReLU: features x (N, all choices) -> (N, 2)."""
     for matrix, bias in layers[:-1]:
         x = F.relu(x @ matrix + bias)
     matrix, bias = layers[-1]
@@ -278,7 +278,7 @@ def divisible(channels):
 
 def canonical(net, student):
     """The genotype with 0 for each gene of a block that its depth switches off, so that a network
-    has one genotype. (Sometimes it has two, because channels are rounded.)"""
+    has one genotype (or several, where rounding of channels merges choices)."""
     off = [gene for gene, (depth, least) in net["switches"].items() if student[depth] < least]
     return student | dict.fromkeys(off, 0)
 

@@ -218,7 +218,7 @@ def make_net(name, preset, classes):
     """A dynamic network without its weights: sizes, names of the classes, `genes` {gene: choices,
     smallest first}, `switches` {gene: (a depth gene, the least depth at which it is on)}, and some
     `students` by name. "usual" is the one that the paper trains by itself: about ResNet-50 (23.54 M
-    parameters; paper 23.52), or of equal genes the MobileNet nearest in size to the paper's
+    parameters; paper 23.52), or the equal-gene MobileNet nearest in size to the paper's
     (4.17 M; paper 4.21)."""
     net = {**NETWORKS[name, "tiny" if preset == "tiny" else "paper"], "classes": classes}
     net["genes"], net["switches"] = make_genes(net)
@@ -251,7 +251,7 @@ def make_genes(net):
 
 def canonical(net, student):
     """The genotype with 0 for each gene of a block that its depth switches off, so that a network
-    has one genotype (or several, where rounding of channels merges choices)."""
+    has one genotype (more only where channel rounding merges choices)."""
     off = [gene for gene, (depth, least) in net["switches"].items() if student[depth] < least]
     return student | dict.fromkeys(off, 0)
 

@@ -79,8 +79,8 @@ def trades_loss(network, x, y, beta, attack):
     logits = network(x)
     log_f = logits.log_softmax(1)  # log f(x), (B, classes)
     # The attack. At x the KL and its gradient are zero, so it starts slightly off x. Batch norm has
-    # the statistics of each step's own x', as in the loss below. Frozen at those of x (chapter 3),
-    # training from random weights ends worse.
+    # the statistics of each step's own x', as in the loss below. Freezing them at x's (chapter
+    # 3) makes training from random weights worse.
     target, noise = log_f.detach(), 0.001 * torch.randn_like(x)
     x_adv = pgd(lambda z: kl(target, network(z)), x, noise, *attack)
     # The loss. Gradients flow through both sides of its KL.

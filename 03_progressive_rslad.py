@@ -183,8 +183,8 @@ def main():
 
 # Before expansions vary, channels are sorted once: a smaller expansion keeps the leading channels
 # inside a block, which should be the important ones. All blocks of a stage share the channels
-# that its width cuts; one order would have to suit all of them. They are not sorted, but vary
-# first, so that the leading channels learn to be the important ones.
+# that its width cuts; one order would have to suit all. Those channels stay unsorted, but vary
+# first, so that the leading ones learn to be important.
 def sort_channels(net, shared):
     """Order the channels inside each block; the largest network's answers stay the same."""
     for block in [gene.removeprefix("expand_") for gene in net["genes"] if "expand" in gene]:
@@ -356,7 +356,7 @@ def divisible(channels):
 
 def canonical(net, student):
     """The genotype with 0 for each gene of a block that its depth switches off, so that a network
-    has one genotype (or several, where rounding of channels merges choices)."""
+    has one genotype (more only where channel rounding merges choices)."""
     off = [gene for gene, (depth, least) in net["switches"].items() if student[depth] < least]
     return student | dict.fromkeys(off, 0)
 

@@ -121,7 +121,7 @@ def compare(net, students, labels, predicted):
     answers["linear"] = features[len(train) :] @ linear
     columns = {name: (answer - test).square().mean(0).sqrt() for name, answer in answers.items()}
     real, guessed = ((part[:, None] - part).sign().flatten(0, 1) for part in (test, predicted))
-    columns["tau"] = F.cosine_similarity(real, guessed, dim=0)  # of signs (T * T, 2) of pairs
+    columns["tau"] = F.cosine_similarity(real, guessed, dim=0)  # tau-b: T * T pairs' signs
     columns["accuracy"] = labels.mean(0)
     papers = {"natural": 0.0076, "robust": 0.0072}  # section 5.2; the abstract has 0.0073
     return [
@@ -157,7 +157,7 @@ def main():
             sys.exit(f"--students {args.students}: only {len(students)} different ones were drawn")
         rows = load(state, measuring)["rows"] if state.exists() else []
         print(
-            f"{len(students)} students, PGD-{args.steps}, {len(held_out[0])} images, {args.device}"
+            f"{args.students} students, PGD-{args.steps}, {len(held_out[0])} images, {args.device}"
         )
         for student in counted("students:", students[len(rows) :]):
             network = Network(net, shared, student)
@@ -322,7 +322,7 @@ def divisible(channels):
 
 def canonical(net, student):
     """The genotype with 0 for each gene of a block that its depth switches off, so that a network
-    has one genotype (or several, where rounding of channels merges choices)."""
+    has one genotype (more only where channel rounding merges choices)."""
     off = [gene for gene, (depth, least) in net["switches"].items() if student[depth] < least]
     return student | dict.fromkeys(off, 0)
 

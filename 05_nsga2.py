@@ -123,7 +123,7 @@ def crowding_distance(objectives):
 
 def breed(net, mother, father, mutation, rng):
     """A child: each gene from either parent (uniform crossover), drawn anew with probability
-    `mutation`, and where it was off in that parent but is on in the child."""
+    `mutation`, or if it was off (0) there; canonical() zeroes those that stay off."""
     child = {}
     for gene, choices in net["genes"].items():
         child[gene] = rng.choice([mother[gene], father[gene]])
@@ -189,7 +189,7 @@ def search(args, net, predictor, budget):
             row["params"], row["macs"] = cost(net, student)
             row["predicted_natural"], row["predicted_robust"] = objectives[i].tolist()
             rows.append({**row, "front": bool(front[i])})
-    pick = np.where(front, objectives.sum(1), -inf).argmax()  # of the last generation
+    pick = np.where(front, objectives.sum(1), -inf).argmax()  # the loop's last values
     best = {**rows[pick - len(students)], "seconds": time.monotonic() - start}
     return students[pick], {"best": [best], "population": rows}
 
@@ -278,7 +278,7 @@ def divisible(channels):
 
 def canonical(net, student):
     """The genotype with 0 for each gene of a block that its depth switches off, so that a network
-    has one genotype (or several, where rounding of channels merges choices)."""
+    has one genotype (more only where channel rounding merges choices)."""
     off = [gene for gene, (depth, least) in net["switches"].items() if student[depth] < least]
     return student | dict.fromkeys(off, 0)
 

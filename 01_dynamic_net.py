@@ -329,7 +329,9 @@ def read_images(args):
     if len(classes) < 2 or len(pixels) < 10:
         sys.exit(f"{args.dataset}: at least two classes and ten training images are needed")
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
-    held_out, kept = order.tensor_split([len(order) // 10])
+    by_class = order[labels[order].argsort(stable=True)]  # of which every tenth is held out
+    tenth = torch.isin(order, by_class[9::10])  # so each class has its share, in random order
+    held_out, kept = order[tenth], order[~tenth]
     count = 500 if args.preset == "tiny" else 2000
     torch.manual_seed(0)
     calibration = augment(pixels[kept][:4000])[:count]  # always 4000, so crops agree
@@ -444,7 +446,7 @@ COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
     "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
     "preset": {"choices": ["paper", "quick", "tiny"], "help": "default: paper, for toy tiny"},
-    "sampling": {"default": "progressive", "choices": ["progressive", "random"]},
+    "sampling": {"default": "progressive", "choices": ["progressive", "random", "scratch"]},
     "out": {"type": Path, "help": "folder; default: runs/<dataset>-<net>-<preset>-seed<seed>"},
     "seed": {"default": 0, "type": int},
     "device": {"default": "cuda" if torch.cuda.is_available() else "cpu"},

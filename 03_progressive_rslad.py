@@ -17,9 +17,10 @@ New here: rslad_loss, draw, main, sort_channels, reorder; the rest is as in chap
 
     python 03_progressive_rslad.py --dataset cifar10     # the paper's schedule, on a GPU
     python 03_progressive_rslad.py --sampling random     # the paper's baseline: all genes vary
+    python 03_progressive_rslad.py --sampling scratch    # the released one: from random weights
     python 03_progressive_rslad.py --student usual       # RSLAD of one student, from random weights
 
-reads   01_images.pt, 02_teacher.pt (--student: and 01_dynamic_net.pt); made first if missing
+reads   01_images.pt, 02_teacher.pt (random weights: 01_dynamic_net.pt); made first if missing
 writes  03_progressive.pt, .csv (03_random..., 03_usual...)    weights; a row for each epoch
 """
 
@@ -58,6 +59,7 @@ KINDS = "width", "kernel", "depth", "expand"  # ResNet has no kernels, MobileNet
 VARIES = {  # figure 4: the kinds of genes that vary in each phase
     "progressive": [KINDS[:2], KINDS[:3], KINDS],
     "random": [KINDS] * 3,
+    "scratch": [KINDS] * 3,  # random sampling from random weights, as the released code runs it
 }
 
 
@@ -109,8 +111,9 @@ def main():
     first, phases = source["weights"], VARIES[args.sampling]
     base = net["students"][args.student or "largest"]  # it has the genes that do not vary
     shown, kept = ["largest", "middle", "smallest"], ["largest", "usual"]  # kept: for table 1
-    if args.student:
+    if args.student or args.sampling == "scratch":
         first = load(args.out / "01_dynamic_net.pt", args.common)["weights"]
+    if args.student:
         phases, shown, kept = [()], [args.student], [args.student]
     # A copy that does not learn. Its batch norm has each batch's statistics, as the student's has:
     # so the largest student begins as the teacher, and only the method moves it.
@@ -501,7 +504,7 @@ COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
     "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
     "preset": {"choices": ["paper", "quick", "tiny"], "help": "default: paper, for toy tiny"},
-    "sampling": {"default": "progressive", "choices": ["progressive", "random"]},
+    "sampling": {"default": "progressive", "choices": ["progressive", "random", "scratch"]},
     "out": {"type": Path, "help": "folder; default: runs/<dataset>-<net>-<preset>-seed<seed>"},
     "seed": {"default": 0, "type": int},
     "device": {"default": "cuda" if torch.cuda.is_available() else "cpu"},

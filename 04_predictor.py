@@ -463,7 +463,7 @@ COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
     "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
     "preset": {"choices": ["paper", "quick", "tiny"], "help": "default: paper, for toy tiny"},
-    "sampling": {"default": "progressive", "choices": ["progressive", "random"]},
+    "sampling": {"default": "progressive", "choices": ["progressive", "random", "scratch"]},
     "out": {"type": Path, "help": "folder; default: runs/<dataset>-<net>-<preset>-seed<seed>"},
     "seed": {"default": 0, "type": int},
     "device": {"default": "cuda" if torch.cuda.is_available() else "cpu"},

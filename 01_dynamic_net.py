@@ -3,7 +3,7 @@
 One set of weights holds trillions of networks (tiny: thousands). A student is a genotype, a choice
 for each gene. Its weights are the leading slices of the shared ones, so it costs nothing to make.
 
-    depth      blocks of a stage (ResNet: extra ones); of the stem: 0 without its second layer
+    depth      blocks of a stage (ResNet: more than the least); of the stem: 0 or its second layer
     width      channels of a stage, of the stem, of its first layers, as a share of the largest's
     kernel     side of a depthwise kernel (MobileNet, in place of widths)
     expand     channels inside a block, as a multiple of its output's (MobileNet: of its input's)
@@ -31,6 +31,7 @@ import random
 import signal
 import sys
 from pathlib import Path
+from secrets import token_hex
 from zlib import crc32
 
 import numpy as np
@@ -46,9 +47,9 @@ FLAGS = {}  # flag: (paper, quick, tiny, least, most, help); this chapter has no
 
 # ---- The lesson: a student's weights are slices of shared ones -----------------------------------
 class Network:
-    """A student: logits (B, classes) = network(x) of images x (B, 3, 32, 32) in [0, 1]. Its weights
-    are the leading slices of the shared ones, through which gradients flow back. They are taken at
-    the first call and kept: after an SGD step, make a new Network."""
+    """A student: logits (B, classes) = network(x) of images x (B, 3, 32, 32) in [0, 1]. It has no
+    weights of its own (so it is no nn.Module) but leading slices of the shared ones, through which
+    gradients flow back, taken at the first call: after an SGD step, make a new Network."""
 
     def __init__(self, net, shared, student):
         self.net, self.shared, self.student = net, shared, student
@@ -56,41 +57,42 @@ class Network:
         self.slices = {}  # {layer: the part of its shared weight that this student uses}
         self.stats = {}  # {layer: (mean, variance) of its outputs}, averages over all batches
         self.batches = 0  # how many those are
-        self.folded = False  # fold_norms (chapter 2) sets it
+        self.folded = False  # are batch norms part of the convolutions? (fold_norms, chapter 2)
 
     def slice(self, name, out, inputs=None, kernel=1):
         """The leading slice of a weight (out, inputs, kernel, kernel), or of a vector (out,)."""
+        weight = self.shared[name][:out]  # of all outputs the first
+        if inputs is None:
+            return weight
+        weight = weight[:, :inputs]  # of all inputs the first
+        weight = smaller_kernel(self.shared, name, weight, kernel)  # MobileNet's
+        return weight.contiguous(memory_format=torch.channels_last)
+
+    def weight(self, name, out, inputs=None, kernel=1):
+        """The slice, taken at the first call and kept."""
         if name not in self.slices:
-            with torch.enable_grad():  # it is kept, and may learn in a later call
-                weight = self.shared[name][:out]
-                if inputs:
-                    weight = weight[:, :inputs]
-                    while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a matrix
-                        side = weight.shape[-1] - 2
-                        centre = weight[:, 0, 1:-1, 1:-1].flatten(1)  # (out, side * side)
-                        centre = centre @ self.shared[f"{name}_to{side}"]  # learned
-                        weight = centre.view(out, 1, side, side)
-                    weight = weight.contiguous(memory_format=torch.channels_last)
-                self.slices[name] = weight
+            with torch.enable_grad():  # it may learn in a later call
+                self.slices[name] = self.slice(name, out, inputs, kernel)
         return self.slices[name]
 
     def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
         """A convolution to `out` channels; in a depthwise one each channel reads only itself."""
         inputs, groups = (1, out) if depthwise else (x.shape[1], 1)
-        weight = self.slice(name, out, inputs, kernel)
-        shift = self.slice(f"{name}_bias", out) if bias else None
+        weight = self.weight(name, out, inputs, kernel)
+        shift = self.weight(f"{name}_bias", out) if bias else None
         return F.conv2d(x, weight, shift, stride, kernel // 2, groups=groups)
 
     def conv_bn(self, name, x, out, kernel=1, stride=1, depthwise=False):
-        """A convolution and its batch norm, which has the batch's statistics until it is folded."""
+        """A convolution and its batch norm, with the batch's statistics; folded, only a bias."""
         x = self.conv(name, x, out, kernel, stride, depthwise, bias=self.folded)
         if self.folded:
             return x
-        scale, shift = self.slice(f"{name}_scale", out), self.slice(f"{name}_shift", out)
+        scale, shift = self.weight(f"{name}_scale", out), self.weight(f"{name}_shift", out)
         if name not in self.stats:
             self.stats[name] = scale.new_zeros(2, out)
-        mean, variance = self.stats[name]  # updated in place, to the mean over all batches
-        return F.batch_norm(x, mean, variance, scale, shift, True, 1 / self.batches)
+        mean, variance = self.stats[name]
+        share = 1 / self.batches  # of this batch in the mean over all, which is updated in place
+        return F.batch_norm(x, mean, variance, scale, shift, training=True, momentum=share)
 
     def __call__(self, x):
         net, student = self.net, self.student
@@ -101,7 +103,7 @@ class Network:
             y = F.relu_(self.conv_bn("0_1_middle", x, net["stem"], 3, depthwise=True))
             x = x + self.conv_bn("0_1_last", y, net["stem"])
         else:
-            mid = divisible(divisible(net["stem"] * student["width_mid"]) // 2)
+            mid = divisible(divisible(net["stem"] * student["width_mid"]) // 2)  # released code
             x = F.relu_(self.conv_bn("stem_1", x, mid, 3, net["stem_stride"]))
             if student["depth_stem"]:
                 x = x + F.relu_(self.conv_bn("stem_2", x, mid, 3))
@@ -116,11 +118,13 @@ class Network:
             x = F.hardswish(self.conv_bn("head_1", x, net["head"][0]))
             x = F.hardswish(self.conv("head_2", x.mean((2, 3), keepdim=True), net["head"][1]))
         x = x.mean((2, 3), keepdim=True)  # (B, channels, 1, 1)
-        return self.conv("classifier", x, len(net["classes"]), bias=True).flatten(1).float()
+        logits = self.conv("classifier", x, len(net["classes"]), bias=True).flatten(1)
+        return logits.float()  # a loss is in float32, even where convolutions are in bf16
 
     def block(self, name, x, out, stride, act, gated):
         """A bottleneck (ResNet) or an inverted one (MobileNet): 1x1, k x k, 1x1, and a shortcut."""
-        wide, kernel = x.shape[1] if self.mobile else out, self.student.get(f"kernel_{name}", 3)
+        kernel = self.student.get(f"kernel_{name}", 3)  # ResNet: always 3
+        wide = x.shape[1] if self.mobile else out
         middle = divisible(round(wide * self.student[f"expand_{name}"]))
         y = act(self.conv_bn(f"{name}_reduce", x, middle))
         y = act(self.conv_bn(f"{name}_middle", y, middle, kernel, stride, depthwise=self.mobile))
@@ -157,6 +161,15 @@ def divisible(channels):
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
+def smaller_kernel(shared, name, weight, kernel):
+    """A depthwise kernel of 5 or 3 is the centre of the next larger one, times a learned matrix."""
+    while weight.shape[-1] > kernel:
+        side = weight.shape[-1] - 2
+        centre = weight[:, 0, 1:-1, 1:-1].flatten(1)  # (out, side * side)
+        weight = (centre @ shared[f"{name}_to{side}"]).view(-1, 1, side, side)
+    return weight
+
+
 class RandomWeights(Network):
     """Draws a shared weight when a layer of the largest student first asks for its slice, so that
     shapes are written once, in the forward pass: He et al. (2015) for convolutions, identities for
@@ -169,8 +182,9 @@ class RandomWeights(Network):
             depthwise = inputs == 1
             fan_out = kernel**2 * (1 if depthwise else out)
             self.shared[name] = torch.randn(out, inputs, kernel, kernel) * (2 / fan_out) ** 0.5
-            for side in range(3, kernel if depthwise else 0, 2):
-                self.shared[f"{name}_to{side}"] = torch.eye(side * side)
+            if depthwise:  # the sides of its smaller kernels
+                for side in range(3, kernel, 2):
+                    self.shared[f"{name}_to{side}"] = torch.eye(side * side)
         return super().slice(name, out, inputs, kernel)
 
 
@@ -262,8 +276,9 @@ def sample(net, rng):
 
 
 def count_students(net):
-    """How many genotypes the network holds, exactly (section 4.3; paper: 2e19, MobileNet). Genes
-    of a block that is off do not count, so a stage's combinations add up over its depths."""
+    """How many genotypes the network holds, exactly: Dyn-ResNet50 2.5e12, Dyn-MobileNetV3 2.2e19
+    (the paper, section 4.3, says more than 1e19 of both). Genes of a block that is off do not
+    count, so a stage's combinations add up over its depths."""
     total, switches = 1, net["switches"].items()
     for gene in net["genes"].keys() - net["switches"].keys():
         forms = 0
@@ -284,7 +299,7 @@ def main():
     if checkpoint.exists():
         print(f"{checkpoint} is finished (delete it to redo it)")
         load(checkpoint, images["settings"])  # exits if it has other settings
-        return finish(args, [], [checkpoint], CHAPTERS[1])
+        return finish(args, [], [checkpoint], CHAPTERS[2])
     show_slice()
     for part in ("train", "held_out", "test"):
         labels = images["data"][f"{part}_labels"]
@@ -309,7 +324,7 @@ def main():
     table = [{key: row[key] for key in row if key not in net["genes"]} for row in rows]
     write_csv(args.out / "01_students.csv", rows)
     save(checkpoint, images["settings"], net=net, weights=shared)
-    finish(args, table, [pixels, checkpoint, args.out / "01_students.csv"], CHAPTERS[1])
+    finish(args, table, [pixels, checkpoint, args.out / "01_students.csv"], CHAPTERS[2])
 
 
 # ---- Images: read once, augmented ----------------------------------------------------------------
@@ -369,10 +384,16 @@ def cifar_images(name, train):
     return pixels, torch.tensor(images.targets), images.classes
 
 
+class Folder(datasets.ImageFolder):
+    def find_classes(self, directory):
+        names = [name for name in super().find_classes(directory)[0] if name[0] != "."]
+        return names, {name: i for i, name in enumerate(names)}  # a hidden folder is no class
+
+
 def folder_images(folder):
     """The images below folder/<class>."""
     try:
-        images = datasets.ImageFolder(folder, loader=picture)
+        images = Folder(folder, loader=picture)
     except FileNotFoundError as error:
         need = "cifar10, cifar100, toy, or a folder of train/<class>/* and test/<class>/* images"
         sys.exit(f"--dataset is {need}: {error}")
@@ -385,6 +406,7 @@ def picture(path):
     transparent; uint8 (32, 32, 3)."""
     try:
         image = Image.open(path)
+        image.load()  # which turns a TIFF, and takes its orientation away
         turn = image.getexif().get(274, 1)  # EXIF's orientation, 1 to 8
         if image.mode[0] in "IF":
             raise ValueError("16 or 32 bits a pixel: convert it to 8")
@@ -408,22 +430,25 @@ def augment(images):
 
 # ---- Files and flags, the same in every chapter --------------------------------------------------
 def save(path, settings, **content):
-    """Write what load() reads, whole or not at all. A finished file, which another job may have
-    made by now, is never overwritten: it is kept; exits if its settings differ."""
-    if path.suffix == ".pt" and path.exists():
-        load(path, settings)  # may exit
-        return
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """Write what load() reads, whole or not at all. Another job may have written it by now: exits
+    if its settings differ, and keeps a finished file (.pt) as it is."""
+    if path.exists():
+        load(path, settings, sources=False)  # may exit
+        if path.suffix == ".pt":
+            return
+    temporary = path.with_name(f"{path.name}.{token_hex(8)}.tmp")
     with open(temporary, "wb") as file:  # given a path, torch.save would store its name
         torch.save({"settings": settings, **content}, file)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut after the renaming could leave an empty file
     temporary.replace(path)
 
 
-def load(path, settings):
+def load(path, settings, sources=True):
     """What save() wrote. Its settings are all flags, and the checksums of all files, that led to
     it; exits if a flag differs from `settings`, or a checksum from the folder's file."""
     content, expected = torch.load(path, map_location="cpu", weights_only=True), {**settings}
-    for source in path.parent.glob("*.pt"):
+    for source in path.parent.glob("*.pt") if sources else ():
         if source.name in content["settings"]:
             expected[source.name] = crc32(source.read_bytes())
     for name, value in expected.items():
@@ -439,8 +464,8 @@ def write_csv(path, rows):
     path.write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
 
 
-CHAPTERS = """01_dynamic_net.py 02_teacher_trades.py 03_progressive_rslad.py 04_predictor.py
-05_nsga2.py""".split()
+NAMES = "01_dynamic_net 02_teacher_trades 03_progressive_rslad 04_predictor 05_nsga2".split()
+CHAPTERS = {int(name[:2]): f"{name}.py" for name in NAMES}
 
 COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
@@ -457,7 +482,7 @@ def read_flags(**others):
     """All flags; those `given`, to pass on; `common` and `settings`, which files are made with."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.error = sys.exit  # one line
+    parser.error = sys.exit  # a bad flag: one line
     for flag, (*values, least, most, text) in FLAGS.items():
         others[flag] = {"type": type(values[0]), "help": f"{text}; presets {values}"}
     for flag, options in {**COMMON, **others}.items():

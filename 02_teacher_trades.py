@@ -9,11 +9,11 @@ most eps, as it answers the original:
         SGD step on the weights of f, the largest student
     keep the epoch with the largest natural + robust accuracy on held-out training images
 
-Adversarial training overfits in robustness first (Rice et al., 2020), so an epoch is chosen, by the
-sum by which chapter 5 chooses a student. Test images are for final numbers only, which all come
-from this chapter's table 1.
+An epoch is chosen because the robust accuracy of new images falls again late in adversarial
+training, while that of training images still rises (Rice et al., 2020); it is chosen by the sum by
+which chapter 5 chooses a student. Test images are for final numbers only: this chapter's table 1.
 
-New here: pgd, trades_loss, main, judging, table 1 and the export, the CUDA graph, resuming.
+Read first: pgd, trades_loss, main.
 
     python 02_teacher_trades.py --dataset cifar10    # the paper's schedule, on a GPU
     python 02_teacher_trades.py --student usual      # a row of table 1: TRADES of one student
@@ -33,6 +33,7 @@ import sys
 import time
 from math import cos, inf, isfinite, pi
 from pathlib import Path
+from secrets import token_hex
 from zlib import crc32
 
 import torch
@@ -48,8 +49,8 @@ FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
     "warmup": (5 / 300, 0.1, 0.2, 1e-9, 1, "share of the run in which lr rises; paper silent"),
     "batch_size": (128, 128, 64, 1, inf, "images in an iteration; paper 128"),
     "beta": (6.0, 6.0, 6.0, 0, inf, "weight of the robust term; TRADES' 6"),
-    "eps": (8.0, 8.0, 8.0, 0.2, inf, "largest change of a pixel, in 1/255: 8, not 0.031; paper 8"),
-    "step_size": (2.0, 2.0, 4.0, 0.02, inf, "of the attack, in 1/255: 2, not 0.0078; paper 2"),
+    "eps": (8.0, 8.0, 8.0, 0.2, inf, "largest change of a pixel, in units of 1/255; paper 8"),
+    "step_size": (2.0, 2.0, 4.0, 0.02, inf, "of the attack, in 1/255: scale it with eps; paper 2"),
     "steps": (10, 10, 3, 1, inf, "of the training attack; paper 10"),
     "val_images": (1000, 1000, 250, 1, inf, "held-out images, by which an epoch is chosen"),
 }
@@ -59,19 +60,22 @@ FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
 def pgd(loss, x, noise, eps, step_size, steps):
     """Projected gradient ascent (Madry et al., 2018), the maximum in equation 1: images x' of a
     large loss(x'), with |x' - x| <= eps in each pixel and 0 <= x' <= 1."""
-    gradient = Replayed(lambda z: input_gradient(loss, z))  # Replayed: for speed only
-    x_adv = (x + noise).clamp(0, 1)
+    x_adv, gradient = (x + noise).clamp(0, 1), gradient_of(loss)
     for _ in range(steps):
         x_adv = x_adv + step_size * gradient(x_adv).sign()  # up, by the same in each pixel
         x_adv = (x + (x_adv - x).clamp(-eps, eps)).clamp(0, 1)  # back to within eps, and to [0, 1]
     return x_adv
 
 
-def input_gradient(loss, x):
-    """The gradient of loss(x), a number, with respect to the images x; none of the weights'."""
-    x = x.detach().requires_grad_()
-    with torch.enable_grad():  # even while judging
-        return torch.autograd.grad(loss(x), x)[0]
+def gradient_of(loss):
+    """A function of images x: the gradient of loss(x) with respect to them; weights get none."""
+
+    def gradient(x):
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():  # even while judging
+            return torch.autograd.grad(loss(x), x)[0]
+
+    return Replayed(gradient)  # speed only: the same function, on a GPU as a CUDA graph
 
 
 def trades_loss(network, x, y, beta, attack):
@@ -80,10 +84,9 @@ def trades_loss(network, x, y, beta, attack):
     logits = network(x)
     log_f = logits.log_softmax(1)  # log f(x), (B, classes)
     # The attack. At x the KL and its gradient are zero, so it starts slightly off x. Batch norm has
-    # the statistics of each step's own x', as in the loss below. Freezing them at x's (chapter
-    # 3) makes training from random weights worse.
-    target, noise = log_f.detach(), 0.001 * torch.randn_like(x)
-    x_adv = pgd(lambda z: kl(target, network(z)), x, noise, *attack)
+    # the statistics of each step's own x', as in the loss below.
+    constant, noise = log_f.detach(), 0.001 * torch.randn_like(x)
+    x_adv = pgd(lambda z: kl(constant, network(z)), x, noise, *attack)
     # The loss. Gradients flow through both sides of its KL.
     cross_entropy = F.cross_entropy(logits, y)
     robust_kl = kl(log_f, network(x_adv))
@@ -91,9 +94,9 @@ def trades_loss(network, x, y, beta, attack):
     return loss, {"cross_entropy": cross_entropy, "kl": robust_kl}
 
 
-def kl(target, logits):
-    """KL(target || softmax(logits)), mean over images; target (B, classes): log-probabilities."""
-    return F.kl_div(F.log_softmax(logits, 1), target, reduction="batchmean", log_target=True)
+def kl(log_target, logits):
+    """KL(target || softmax(logits)), mean over images; log_target, logits (B, classes)."""
+    return F.kl_div(logits.log_softmax(1), log_target, reduction="batchmean", log_target=True)
 
 
 def main():
@@ -123,6 +126,7 @@ def main():
     batches = len(data["train"]) // batch  # of an epoch; an incomplete one is left out
     held_out = [data[part][: args.val_images] for part in ("held_out", "held_out_labels")]
     attack = args.eps / 255, args.step_size / 255, args.steps
+    total = lambda row: row["natural"] + row["robust"]  # chooses an epoch
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     print(f"TRADES, {name}, {args.epochs} epochs, on {device} in {'bf16' if bf16 else 'float32'}")
 
@@ -149,25 +153,20 @@ def main():
         row = {"epoch": epoch + 1, "lr": lr, **dict(zip(["loss", *parts], means))}
         network = calibrated(Network(net, shared, student), data["calibration"])
         row["natural"], row["robust"] = judge(network, *held_out, *attack)
-        if all(total(row) >= total(earlier) for earlier in rows):
-            best = moved(shared, "cpu")
         rows.append({**row, "seconds": time.monotonic() - start})
+        if total(rows[-1]) == max(map(total, rows)):  # of equal ones the latest
+            best = moved(shared, "cpu")
         print(", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()), flush=True)
         training = {"weights": shared, "sgd": optimizer.state_dict(), "best": best}
         save(checkpoint.with_suffix(".state"), settings, **training, rows=rows)
 
-    judged = {args.student: student}  # in table 1
-    save(checkpoint, settings, net=net, weights=best, students=judged, rows=rows)
+    save(checkpoint, settings, net=net, weights=best, students={args.student: student}, rows=rows)
     checkpoint.with_suffix(".state").unlink(missing_ok=True)
+    rows = load(checkpoint, settings)["rows"]  # the file's, if another job was faster
     write_csv(checkpoint.with_suffix(".csv"), rows)
+    following = CHAPTERS[3] if name == "teacher" else f"{CHAPTERS[2]} --judge"
     table = [max(reversed(rows), key=total)]
-    following = f"{CHAPTERS[1]} --judge" if name != "teacher" else CHAPTERS[2]
     finish(args, table, [checkpoint, checkpoint.with_suffix(".csv")], following)
-
-
-def total(row):
-    """Natural + robust accuracy of an epoch."""
-    return row["natural"] + row["robust"]
 
 
 # ---- Judging: batch norms with statistics of the student's own, and the attack -------------------
@@ -189,7 +188,7 @@ def fold_norms(network):
 def calibrated(network, images):
     """The student as it is judged and exported: batch norms frozen at its own statistics, of uint8
     images (N, 3, 32, 32). What reaches a layer depends on the student: another's would be wrong."""
-    network.batches = 0
+    network.batches = 0  # its earlier statistics do not count
     for x in images.chunk(-(-len(images) // 250)):  # equal batches, of at most 250
         network(x / 255)
     return fold_norms(network)
@@ -214,8 +213,9 @@ def judge(network, images, labels, eps, step_size, steps, batch=100):
 # ---- Table 1: all that is in the folder, on the test images --------------------------------------
 def table1(args, data):
     """Judge on the test images (section 5.4) the students of all files of the folder, by FGSM, one
-    step of eps, and PGD, 20 of 2/255; export those that searches chose (05_*.pt)."""
+    step of eps, and PGD-20, 20 of eps / 4; export those that searches chose (05_*.pt)."""
     rows, labels, eps = [], data["test_labels"], args.eps / 255
+    wrote = [args.out / "table1.csv"]
     share = labels.bincount().max().item() / len(labels)
     print(f"table 1: {len(labels)} test images, {share:.0%} of the largest class")
     for path in sorted(args.out.glob("0[235]_*.pt")):
@@ -235,15 +235,15 @@ def table1(args, data):
             row["macs"] = counter.get_total_flops() // 2
             test = judged, data["test"], labels
             row["natural"], row["fgsm"] = judge(*test, eps, eps, 1)
-            row["pgd20"] = judge(*test, eps, 2 / 255, 20)[1]
+            row["pgd20"] = judge(*test, eps, eps / 4, 20)[1]
             rows.append(row)
             if path.stem.startswith("05_search"):
-                file = f"student{path.stem.removeprefix('05_search')}.pt2"
-                export(judged, made["net"]["classes"], args.out / file)
+                wrote.append(args.out / f"student{path.stem.removeprefix('05_search')}.pt2")
+                export(judged, made["net"]["classes"], wrote[-1])
     if not rows:
-        sys.exit(f"nothing to judge in {args.out}: {CHAPTERS[1]} trains a teacher")
-    write_csv(args.out / "table1.csv", rows)
-    finish(args, rows, [args.out / "table1.csv", *sorted(args.out.glob("student*.pt2"))])
+        sys.exit(f"nothing to judge in {args.out}: {CHAPTERS[2]} trains a teacher")
+    write_csv(wrote[0], rows)
+    finish(args, rows, wrote)
 
 
 def export(network, classes, path):
@@ -323,7 +323,7 @@ def run_missing(args, *files):
     """For each file: if it and all later ones are missing, run its chapter."""
     for i, name in enumerate(files):
         if not any((args.out / later).exists() for later in files[i:]):
-            run_chapter(args, CHAPTERS[int(name[:2]) - 1])
+            run_chapter(args, CHAPTERS[int(name[:2])])
 
 
 def run_chapter(args, script, *flags):
@@ -333,7 +333,8 @@ def run_chapter(args, script, *flags):
         sys.exit(f"{script.name} was not finished")
 
 
-# ---- The network, as in chapter 1 ----------------------------------------------------------------
+# ==== Nothing below is new: the same text as in earlier chapters, held equal by a test ============
+# ---- The network and images, as in chapter 1 -----------------------------------------------------
 def divisible(channels):
     """The nearest multiple of 8 that is at least 8 and not below 90 % of `channels`."""
     rounded = max(8, int(channels + 4) // 8 * 8)
@@ -341,9 +342,9 @@ def divisible(channels):
 
 
 class Network:
-    """A student: logits (B, classes) = network(x) of images x (B, 3, 32, 32) in [0, 1]. Its weights
-    are the leading slices of the shared ones, through which gradients flow back. They are taken at
-    the first call and kept: after an SGD step, make a new Network."""
+    """A student: logits (B, classes) = network(x) of images x (B, 3, 32, 32) in [0, 1]. It has no
+    weights of its own (so it is no nn.Module) but leading slices of the shared ones, through which
+    gradients flow back, taken at the first call: after an SGD step, make a new Network."""
 
     def __init__(self, net, shared, student):
         self.net, self.shared, self.student = net, shared, student
@@ -351,41 +352,42 @@ class Network:
         self.slices = {}  # {layer: the part of its shared weight that this student uses}
         self.stats = {}  # {layer: (mean, variance) of its outputs}, averages over all batches
         self.batches = 0  # how many those are
-        self.folded = False  # fold_norms (chapter 2) sets it
+        self.folded = False  # are batch norms part of the convolutions? (fold_norms, chapter 2)
 
     def slice(self, name, out, inputs=None, kernel=1):
         """The leading slice of a weight (out, inputs, kernel, kernel), or of a vector (out,)."""
+        weight = self.shared[name][:out]  # of all outputs the first
+        if inputs is None:
+            return weight
+        weight = weight[:, :inputs]  # of all inputs the first
+        weight = smaller_kernel(self.shared, name, weight, kernel)  # MobileNet's
+        return weight.contiguous(memory_format=torch.channels_last)
+
+    def weight(self, name, out, inputs=None, kernel=1):
+        """The slice, taken at the first call and kept."""
         if name not in self.slices:
-            with torch.enable_grad():  # it is kept, and may learn in a later call
-                weight = self.shared[name][:out]
-                if inputs:
-                    weight = weight[:, :inputs]
-                    while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a matrix
-                        side = weight.shape[-1] - 2
-                        centre = weight[:, 0, 1:-1, 1:-1].flatten(1)  # (out, side * side)
-                        centre = centre @ self.shared[f"{name}_to{side}"]  # learned
-                        weight = centre.view(out, 1, side, side)
-                    weight = weight.contiguous(memory_format=torch.channels_last)
-                self.slices[name] = weight
+            with torch.enable_grad():  # it may learn in a later call
+                self.slices[name] = self.slice(name, out, inputs, kernel)
         return self.slices[name]
 
     def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
         """A convolution to `out` channels; in a depthwise one each channel reads only itself."""
         inputs, groups = (1, out) if depthwise else (x.shape[1], 1)
-        weight = self.slice(name, out, inputs, kernel)
-        shift = self.slice(f"{name}_bias", out) if bias else None
+        weight = self.weight(name, out, inputs, kernel)
+        shift = self.weight(f"{name}_bias", out) if bias else None
         return F.conv2d(x, weight, shift, stride, kernel // 2, groups=groups)
 
     def conv_bn(self, name, x, out, kernel=1, stride=1, depthwise=False):
-        """A convolution and its batch norm, which has the batch's statistics until it is folded."""
+        """A convolution and its batch norm, with the batch's statistics; folded, only a bias."""
         x = self.conv(name, x, out, kernel, stride, depthwise, bias=self.folded)
         if self.folded:
             return x
-        scale, shift = self.slice(f"{name}_scale", out), self.slice(f"{name}_shift", out)
+        scale, shift = self.weight(f"{name}_scale", out), self.weight(f"{name}_shift", out)
         if name not in self.stats:
             self.stats[name] = scale.new_zeros(2, out)
-        mean, variance = self.stats[name]  # updated in place, to the mean over all batches
-        return F.batch_norm(x, mean, variance, scale, shift, True, 1 / self.batches)
+        mean, variance = self.stats[name]
+        share = 1 / self.batches  # of this batch in the mean over all, which is updated in place
+        return F.batch_norm(x, mean, variance, scale, shift, training=True, momentum=share)
 
     def __call__(self, x):
         net, student = self.net, self.student
@@ -396,7 +398,7 @@ class Network:
             y = F.relu_(self.conv_bn("0_1_middle", x, net["stem"], 3, depthwise=True))
             x = x + self.conv_bn("0_1_last", y, net["stem"])
         else:
-            mid = divisible(divisible(net["stem"] * student["width_mid"]) // 2)
+            mid = divisible(divisible(net["stem"] * student["width_mid"]) // 2)  # released code
             x = F.relu_(self.conv_bn("stem_1", x, mid, 3, net["stem_stride"]))
             if student["depth_stem"]:
                 x = x + F.relu_(self.conv_bn("stem_2", x, mid, 3))
@@ -411,11 +413,13 @@ class Network:
             x = F.hardswish(self.conv_bn("head_1", x, net["head"][0]))
             x = F.hardswish(self.conv("head_2", x.mean((2, 3), keepdim=True), net["head"][1]))
         x = x.mean((2, 3), keepdim=True)  # (B, channels, 1, 1)
-        return self.conv("classifier", x, len(net["classes"]), bias=True).flatten(1).float()
+        logits = self.conv("classifier", x, len(net["classes"]), bias=True).flatten(1)
+        return logits.float()  # a loss is in float32, even where convolutions are in bf16
 
     def block(self, name, x, out, stride, act, gated):
         """A bottleneck (ResNet) or an inverted one (MobileNet): 1x1, k x k, 1x1, and a shortcut."""
-        wide, kernel = x.shape[1] if self.mobile else out, self.student.get(f"kernel_{name}", 3)
+        kernel = self.student.get(f"kernel_{name}", 3)  # ResNet: always 3
+        wide = x.shape[1] if self.mobile else out
         middle = divisible(round(wide * self.student[f"expand_{name}"]))
         y = act(self.conv_bn(f"{name}_reduce", x, middle))
         y = act(self.conv_bn(f"{name}_middle", y, middle, kernel, stride, depthwise=self.mobile))
@@ -431,6 +435,15 @@ class Network:
         return F.relu_(x + y)
 
 
+def smaller_kernel(shared, name, weight, kernel):
+    """A depthwise kernel of 5 or 3 is the centre of the next larger one, times a learned matrix."""
+    while weight.shape[-1] > kernel:
+        side = weight.shape[-1] - 2
+        centre = weight[:, 0, 1:-1, 1:-1].flatten(1)  # (out, side * side)
+        weight = (centre @ shared[f"{name}_to{side}"]).view(-1, 1, side, side)
+    return weight
+
+
 def augment(images):
     """Images (B, 3, 32, 32), each randomly cropped (4 black pixels around it) and flipped."""
     count, device = len(images), images.device
@@ -442,22 +455,25 @@ def augment(images):
 
 # ---- Files and flags, the same in every chapter --------------------------------------------------
 def save(path, settings, **content):
-    """Write what load() reads, whole or not at all. A finished file, which another job may have
-    made by now, is never overwritten: it is kept; exits if its settings differ."""
-    if path.suffix == ".pt" and path.exists():
-        load(path, settings)  # may exit
-        return
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """Write what load() reads, whole or not at all. Another job may have written it by now: exits
+    if its settings differ, and keeps a finished file (.pt) as it is."""
+    if path.exists():
+        load(path, settings, sources=False)  # may exit
+        if path.suffix == ".pt":
+            return
+    temporary = path.with_name(f"{path.name}.{token_hex(8)}.tmp")
     with open(temporary, "wb") as file:  # given a path, torch.save would store its name
         torch.save({"settings": settings, **content}, file)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut after the renaming could leave an empty file
     temporary.replace(path)
 
 
-def load(path, settings):
+def load(path, settings, sources=True):
     """What save() wrote. Its settings are all flags, and the checksums of all files, that led to
     it; exits if a flag differs from `settings`, or a checksum from the folder's file."""
     content, expected = torch.load(path, map_location="cpu", weights_only=True), {**settings}
-    for source in path.parent.glob("*.pt"):
+    for source in path.parent.glob("*.pt") if sources else ():
         if source.name in content["settings"]:
             expected[source.name] = crc32(source.read_bytes())
     for name, value in expected.items():
@@ -473,8 +489,9 @@ def write_csv(path, rows):
     path.write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
 
 
-CHAPTERS = """01_dynamic_net.py 02_teacher_trades.py 03_progressive_rslad.py 04_predictor.py
-05_nsga2.py""".split()
+NAMES = "01_dynamic_net 02_teacher_trades 03_progressive_rslad 04_predictor 05_nsga2".split()
+
+CHAPTERS = {int(name[:2]): f"{name}.py" for name in NAMES}
 
 COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
@@ -491,7 +508,7 @@ def read_flags(**others):
     """All flags; those `given`, to pass on; `common` and `settings`, which files are made with."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.error = sys.exit  # one line
+    parser.error = sys.exit  # a bad flag: one line
     for flag, (*values, least, most, text) in FLAGS.items():
         others[flag] = {"type": type(values[0]), "help": f"{text}; presets {values}"}
     for flag, options in {**COMMON, **others}.items():

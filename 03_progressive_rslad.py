@@ -13,7 +13,7 @@ large; small ones come last, and inherit weights that work. Dyn-MobileNetV3 vari
 of widths. The loss is RSLAD's (Zi et al., 2021): to x and to x' the student should answer as the
 teacher answers x. That answer is robust already, and says more than the label does.
 
-New here: rslad_loss, draw, main, sort_channels, reorder; the rest is as in chapters 1 and 2.
+Read first: rslad_loss, draw, main.
 
     python 03_progressive_rslad.py --dataset cifar10     # the paper's schedule, on a GPU
     python 03_progressive_rslad.py --sampling random     # the paper's baseline: all genes vary
@@ -34,6 +34,7 @@ import sys
 import time
 from math import cos, inf, isfinite, pi
 from pathlib import Path
+from secrets import token_hex
 from zlib import crc32
 
 import torch
@@ -48,8 +49,8 @@ FLAGS = {  # flag: (paper, quick, tiny, least, most, help)
     "warmup": (5 / 120, 0.1, 0.1, 1e-9, 1, "share of a phase in which lr rises; paper silent"),
     "batch_size": (128, 128, 64, 1, inf, "images in an iteration; paper 128"),
     "alpha": (5 / 6, 5 / 6, 5 / 6, 0, 1, "weight of attacked images in equation 2; RSLAD's 5/6"),
-    "eps": (8.0, 8.0, 8.0, 0.2, inf, "largest change of a pixel, in 1/255: 8, not 0.031; paper 8"),
-    "step_size": (2.0, 2.0, 4.0, 0.02, inf, "of the attack, in 1/255: 2, not 0.0078; paper 2"),
+    "eps": (8.0, 8.0, 8.0, 0.2, inf, "largest change of a pixel, in units of 1/255; paper 8"),
+    "step_size": (2.0, 2.0, 4.0, 0.02, inf, "of the attack, in 1/255: scale it with eps; paper 2"),
     "steps": (10, 10, 3, 1, inf, "of the training attack; paper 10"),
     "val_images": (1000, 1000, 100, 1, inf, "held-out images, for the log only"),
 }
@@ -58,8 +59,8 @@ KINDS = "width", "kernel", "depth", "expand"  # ResNet has no kernels, MobileNet
 
 VARIES = {  # figure 4: the kinds of genes that vary in each phase
     "progressive": [KINDS[:2], KINDS[:3], KINDS],
-    "random": [KINDS] * 3,
-    "scratch": [KINDS] * 3,  # random sampling from random weights, as the released code runs it
+    "random": [KINDS] * 3,  # the paper's baseline, from the teacher's weights
+    "scratch": [KINDS] * 3,  # the released code's baseline, from random weights
 }
 
 
@@ -68,23 +69,18 @@ def rslad_loss(network, teacher, x, alpha, attack):
     """Equation 2: the loss of images x (B, 3, 32, 32) in [0, 1], and its two parts by name; attack:
     (eps, step_size, steps), where 1 is white."""
     with torch.no_grad():
-        target = teacher(x).log_softmax(1)  # log T(x), (B, classes)
-    natural_kl = kl(target, network(x))  # this leaves batch-norm statistics of x in the network
-    # L_max: the attack, on the student with those statistics in all steps. That is faster than with
+        log_t = teacher(x).log_softmax(1)  # log T(x), (B, classes)
+    natural_kl = kl(log_t, network(x))  # the network keeps the batch-norm statistics of this batch
+    # L_max: the attack. In all its steps batch norm has the statistics of x, which is faster than
     # each step's own, and as good (students: natural +0.06, robust +0.01 points). It starts a bit
     # off x, because a student that answers as the teacher has no gradient there.
     frozen, noise = fold_norms(network), 0.001 * torch.randn_like(x)
-    x_adv = pgd(lambda z: kl(target, frozen(z)), x, noise, *attack)
+    x_adv = pgd(lambda z: kl(log_t, frozen(z)), x, noise, *attack)
     # L_min: the loss. Batch norm has the batch's statistics, as the teacher has: running averages
     # would mix those of different students.
-    adversarial_kl = kl(target, network(x_adv))
+    adversarial_kl = kl(log_t, network(x_adv))
     loss = (1 - alpha) * natural_kl + alpha * adversarial_kl
     return loss, {"natural_kl": natural_kl, "adversarial_kl": adversarial_kl}
-
-
-def kl(target, logits):
-    """KL(target || softmax(logits)), mean over images; target (B, classes): log-probabilities."""
-    return F.kl_div(F.log_softmax(logits, 1), target, reduction="batchmean", log_target=True)
 
 
 def draw(net, rng, varies, base):
@@ -104,22 +100,25 @@ def main():
     run_missing(args, "01_dynamic_net.pt", "02_teacher.pt")
     device = torch.device(args.device)
     data = moved(load(args.out / "01_images.pt", args.common)["data"], device)
-    source = load(args.out / "02_teacher.pt", args.common)
-    net, settings = source["net"], source["settings"] | args.settings
-    file = args.student or args.sampling
-    checkpoint = args.out / f"03_{file}.pt"
-    first, phases = source["weights"], VARIES[args.sampling]
-    base = net["students"][args.student or "largest"]  # it has the genes that do not vary
-    shown, kept = ["largest", "middle", "smallest"], ["largest", "usual"]  # kept: for table 1
-    if args.student or args.sampling == "scratch":
-        first = load(args.out / "01_dynamic_net.pt", args.common)["weights"]
+    teacher_file = load(args.out / "02_teacher.pt", args.common)
+    net, settings = teacher_file["net"], teacher_file["settings"] | args.settings
     if args.student:
-        phases, shown, kept = [()], [args.student], [args.student]
+        run, phases = args.student, [()]  # one phase, in which nothing varies
+        logged = in_table1 = [args.student]
+    else:
+        run, phases = args.sampling, VARIES[args.sampling]
+        logged, in_table1 = ["largest", "middle", "smallest"], ["largest", "usual"]
+    base = net["students"][args.student or "largest"]  # it has the genes that do not vary
+    sorting_phase = next((i for i, kinds in enumerate(phases) if "expand" in kinds), None)
+    start_weights = teacher_file["weights"]
+    if args.student or args.sampling == "scratch":  # random ones
+        start_weights = load(args.out / "01_dynamic_net.pt", args.common)["weights"]
     # A copy that does not learn. Its batch norm has each batch's statistics, as the student's has:
     # so the largest student begins as the teacher, and only the method moves it.
-    teacher = Network(net, moved(source["weights"], device), net["students"]["largest"])
+    teacher = Network(net, moved(teacher_file["weights"], device), net["students"]["largest"])
+    checkpoint = args.out / f"03_{run}.pt"
     made = resume(checkpoint, settings)
-    rows, shared = made["rows"], moved(made.get("weights", first), device, learn=True)
+    rows, shared = made["rows"], moved(made.get("weights", start_weights), device, learn=True)
     optimizer = torch.optim.SGD(shared.values(), momentum=0.9, weight_decay=2e-4)  # 5.0.1
     if "sgd" in made:
         optimizer.load_state_dict(made["sgd"])
@@ -129,14 +128,14 @@ def main():
     held_out = [data[part][: args.val_images] for part in ("held_out", "held_out_labels")]
     attack = args.eps / 255, args.step_size / 255, args.steps
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    print(f"RSLAD, {file}, {epochs} epochs, on {device} in {'bf16' if bf16 else 'float32'}")
+    print(f"RSLAD, {run}, {epochs} epochs, on {device} in {'bf16' if bf16 else 'float32'}")
 
     for epoch in range(len(rows), epochs):
         start, losses = time.monotonic(), []
         phase, epoch_of_phase = divmod(epoch, epochs_of_phase)
         if epoch_of_phase == 0:
             optimizer.state.clear()  # each phase has its own momentum, warm-up and cosine
-            if "expand" in phases[phase] and "expand" not in sum(phases[:phase], ()):
+            if phase == sorting_phase:
                 sort_channels(net, shared)
         torch.manual_seed(args.seed * 10**6 + epoch)  # so a run that is resumed draws the same
         picks = torch.randperm(len(data["train"])).to(device).split(batch)[:batches]
@@ -151,7 +150,8 @@ def main():
             share = (epoch_of_phase + len(losses) / batches) / epochs_of_phase  # of the phase
             lr = args.lr * min(share / args.warmup, (1 + cos(pi * share)) / 2)  # up, then a cosine
             optimizer.param_groups[0]["lr"] = lr
-            # Gradients flow through the slices into the shared weights (equation 3). Layers that
+            # Gradients flow through the slices into the shared weights. Equation 3 is the mean over
+            # all students; that of a random one estimates its gradient without bias. Layers that
             # this student lacks have none, and stay. What lies outside its slices has a gradient of
             # zero, and still moves: by the momentum of earlier students, and by weight decay.
             optimizer.zero_grad()
@@ -162,7 +162,7 @@ def main():
         if not isfinite(means[0]):
             sys.exit("the loss is not finite: use a lower --lr")
         row = {"epoch": epoch + 1, "lr": lr, **dict(zip(["loss", *parts], means))}
-        for name in shown:
+        for name in logged:
             network = Network(net, shared, net["students"][name])
             right = judge(calibrated(network, data["calibration"]), *held_out, *attack)
             row[f"natural_{name}"], row[f"robust_{name}"] = right
@@ -172,22 +172,23 @@ def main():
         save(checkpoint.with_suffix(".state"), settings, **training, rows=rows)
 
     # The last epoch is kept: which one is best differs from student to student.
-    weights, students = moved(shared, "cpu"), {name: net["students"][name] for name in kept}
+    weights, students = moved(shared, "cpu"), {name: net["students"][name] for name in in_table1}
     save(checkpoint, settings, net=net, weights=weights, students=students, rows=rows)
     checkpoint.with_suffix(".state").unlink(missing_ok=True)
+    rows = load(checkpoint, settings)["rows"]  # the file's, if another job was faster
     write_csv(checkpoint.with_suffix(".csv"), rows)
     table = []
-    for name in shown:
+    for name in logged:
         right = {key: rows[-1][f"{key}_{name}"] for key in ("natural", "robust")}
         table.append({"held out": name, **right})
-    following = f"{CHAPTERS[1]} --judge" if args.student else CHAPTERS[3]
+    following = f"{CHAPTERS[2]} --judge" if args.student else CHAPTERS[4]
     finish(args, table, [checkpoint, checkpoint.with_suffix(".csv")], following)
 
 
-# Before expansions vary, channels are sorted once: a smaller expansion keeps the leading channels
-# inside a block, which should be the important ones. All blocks of a stage share the channels
-# that its width cuts; one order would have to suit all. Those channels stay unsorted, but vary
-# first, so that the leading ones learn to be important.
+# Before expansions vary, the channels inside each block are sorted once, since a smaller expansion
+# keeps the leading ones, which should be the important ones. The channels that a width cuts cannot
+# be sorted: shortcuts tie the blocks of a stage together, and one order would have to suit all. But
+# widths vary first, so that the leading ones learn to be important.
 def sort_channels(net, shared):
     """Order the channels inside each block; the largest network's answers stay the same."""
     for block in [gene.removeprefix("expand_") for gene in net["genes"] if "expand" in gene]:
@@ -218,23 +219,72 @@ def reorder(shared, block, makers, readers):
         shared[name].copy_(shared[name][:, order])
 
 
-# ---- Attack and judging, as in chapter 2 ---------------------------------------------------------
+# ==== Nothing below is new: the same text as in earlier chapters, held equal by a test ============
+# ---- The attack, judging, and bookkeeping, as in chapter 2 ---------------------------------------
 def pgd(loss, x, noise, eps, step_size, steps):
     """Projected gradient ascent (Madry et al., 2018), the maximum in equation 1: images x' of a
     large loss(x'), with |x' - x| <= eps in each pixel and 0 <= x' <= 1."""
-    gradient = Replayed(lambda z: input_gradient(loss, z))  # Replayed: for speed only
-    x_adv = (x + noise).clamp(0, 1)
+    x_adv, gradient = (x + noise).clamp(0, 1), gradient_of(loss)
     for _ in range(steps):
         x_adv = x_adv + step_size * gradient(x_adv).sign()  # up, by the same in each pixel
         x_adv = (x + (x_adv - x).clamp(-eps, eps)).clamp(0, 1)  # back to within eps, and to [0, 1]
     return x_adv
 
 
-def input_gradient(loss, x):
-    """The gradient of loss(x), a number, with respect to the images x; none of the weights'."""
-    x = x.detach().requires_grad_()
-    with torch.enable_grad():  # even while judging
-        return torch.autograd.grad(loss(x), x)[0]
+def gradient_of(loss):
+    """A function of images x: the gradient of loss(x) with respect to them; weights get none."""
+
+    def gradient(x):
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():  # even while judging
+            return torch.autograd.grad(loss(x), x)[0]
+
+    return Replayed(gradient)  # speed only: the same function, on a GPU as a CUDA graph
+
+
+def kl(log_target, logits):
+    """KL(target || softmax(logits)), mean over images; log_target, logits (B, classes)."""
+    return F.kl_div(logits.log_softmax(1), log_target, reduction="batchmean", log_target=True)
+
+
+@torch.no_grad()
+def fold_norms(network):
+    """A copy with batch norms frozen at `stats`. They become part of the convolutions, which is
+    faster: a frozen one is a scale and a shift."""
+    frozen = copy.copy(network)
+    frozen.slices, frozen.folded = {**network.slices}, True
+    for name, (mean, variance) in network.stats.items():
+        scale, shift = (frozen.slices.pop(f"{name}_{part}") for part in ("scale", "shift"))
+        factor = scale / (variance + 1e-5).sqrt()
+        frozen.slices[name] = factor[:, None, None, None] * network.slices[name]
+        frozen.slices[f"{name}_bias"] = shift - mean * factor
+    return frozen
+
+
+@torch.no_grad()
+def calibrated(network, images):
+    """The student as it is judged and exported: batch norms frozen at its own statistics, of uint8
+    images (N, 3, 32, 32). What reaches a layer depends on the student: another's would be wrong."""
+    network.batches = 0  # its earlier statistics do not count
+    for x in images.chunk(-(-len(images) // 250)):  # equal batches, of at most 250
+        network(x / 255)
+    return fold_norms(network)
+
+
+@torch.no_grad()
+def judge(network, images, labels, eps, step_size, steps, batch=100):
+    """[natural, robust] accuracy, shares of 1: of uint8 images (N, 3, 32, 32) those that are right,
+    and those still right after PGD on the cross-entropy. Every image gets the same noise at first,
+    so batches do not matter; with one step (FGSM) it gets none."""
+    noise = 2 * torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
+    noise = noise.to(images.device) * (eps if steps > 1 else 0)
+    right = []
+    for x, y in zip(images.split(batch), labels.split(batch)):
+        x = x / 255
+        x_adv = pgd(lambda z: F.cross_entropy(network(z), y), x, noise, eps, step_size, steps)
+        natural = network(x).argmax(1) == y
+        right.append(torch.stack([natural, natural & (network(x_adv).argmax(1) == y)]))
+    return torch.cat(right, 1).double().mean(1).tolist()
 
 
 class Replayed:
@@ -267,47 +317,6 @@ class Replayed:
         return self.output
 
 
-@torch.no_grad()
-def fold_norms(network):
-    """A copy with batch norms frozen at `stats`. They become part of the convolutions, which is
-    faster: a frozen one is a scale and a shift."""
-    frozen = copy.copy(network)
-    frozen.slices, frozen.folded = {**network.slices}, True
-    for name, (mean, variance) in network.stats.items():
-        scale, shift = (frozen.slices.pop(f"{name}_{part}") for part in ("scale", "shift"))
-        factor = scale / (variance + 1e-5).sqrt()
-        frozen.slices[name] = factor[:, None, None, None] * network.slices[name]
-        frozen.slices[f"{name}_bias"] = shift - mean * factor
-    return frozen
-
-
-@torch.no_grad()
-def calibrated(network, images):
-    """The student as it is judged and exported: batch norms frozen at its own statistics, of uint8
-    images (N, 3, 32, 32). What reaches a layer depends on the student: another's would be wrong."""
-    network.batches = 0
-    for x in images.chunk(-(-len(images) // 250)):  # equal batches, of at most 250
-        network(x / 255)
-    return fold_norms(network)
-
-
-@torch.no_grad()
-def judge(network, images, labels, eps, step_size, steps, batch=100):
-    """[natural, robust] accuracy, shares of 1: of uint8 images (N, 3, 32, 32) those that are right,
-    and those still right after PGD on the cross-entropy. Every image gets the same noise at first,
-    so batches do not matter; with one step (FGSM) it gets none."""
-    noise = 2 * torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
-    noise = noise.to(images.device) * (eps if steps > 1 else 0)
-    right = []
-    for x, y in zip(images.split(batch), labels.split(batch)):
-        x = x / 255
-        x_adv = pgd(lambda z: F.cross_entropy(network(z), y), x, noise, eps, step_size, steps)
-        natural = network(x).argmax(1) == y
-        right.append(torch.stack([natural, natural & (network(x_adv).argmax(1) == y)]))
-    return torch.cat(right, 1).double().mean(1).tolist()
-
-
-# ---- Training, as in chapter 2 -------------------------------------------------------------------
 def counted(name, items, rounds=1):
     """The items; every ten seconds it prints how many are done, and what is left of all rounds."""
     start = last = time.monotonic()
@@ -340,7 +349,7 @@ def run_missing(args, *files):
     """For each file: if it and all later ones are missing, run its chapter."""
     for i, name in enumerate(files):
         if not any((args.out / later).exists() for later in files[i:]):
-            run_chapter(args, CHAPTERS[int(name[:2]) - 1])
+            run_chapter(args, CHAPTERS[int(name[:2])])
 
 
 def run_chapter(args, script, *flags):
@@ -350,24 +359,17 @@ def run_chapter(args, script, *flags):
         sys.exit(f"{script.name} was not finished")
 
 
-# ---- The network, as in chapter 1 ----------------------------------------------------------------
+# ---- The network and images, as in chapter 1 -----------------------------------------------------
 def divisible(channels):
     """The nearest multiple of 8 that is at least 8 and not below 90 % of `channels`."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
-def canonical(net, student):
-    """The genotype with 0 for each gene of a block that its depth switches off, so that a network
-    has one genotype (more only where channel rounding merges choices)."""
-    off = [gene for gene, (depth, least) in net["switches"].items() if student[depth] < least]
-    return student | dict.fromkeys(off, 0)
-
-
 class Network:
-    """A student: logits (B, classes) = network(x) of images x (B, 3, 32, 32) in [0, 1]. Its weights
-    are the leading slices of the shared ones, through which gradients flow back. They are taken at
-    the first call and kept: after an SGD step, make a new Network."""
+    """A student: logits (B, classes) = network(x) of images x (B, 3, 32, 32) in [0, 1]. It has no
+    weights of its own (so it is no nn.Module) but leading slices of the shared ones, through which
+    gradients flow back, taken at the first call: after an SGD step, make a new Network."""
 
     def __init__(self, net, shared, student):
         self.net, self.shared, self.student = net, shared, student
@@ -375,41 +377,42 @@ class Network:
         self.slices = {}  # {layer: the part of its shared weight that this student uses}
         self.stats = {}  # {layer: (mean, variance) of its outputs}, averages over all batches
         self.batches = 0  # how many those are
-        self.folded = False  # fold_norms (chapter 2) sets it
+        self.folded = False  # are batch norms part of the convolutions? (fold_norms, chapter 2)
 
     def slice(self, name, out, inputs=None, kernel=1):
         """The leading slice of a weight (out, inputs, kernel, kernel), or of a vector (out,)."""
+        weight = self.shared[name][:out]  # of all outputs the first
+        if inputs is None:
+            return weight
+        weight = weight[:, :inputs]  # of all inputs the first
+        weight = smaller_kernel(self.shared, name, weight, kernel)  # MobileNet's
+        return weight.contiguous(memory_format=torch.channels_last)
+
+    def weight(self, name, out, inputs=None, kernel=1):
+        """The slice, taken at the first call and kept."""
         if name not in self.slices:
-            with torch.enable_grad():  # it is kept, and may learn in a later call
-                weight = self.shared[name][:out]
-                if inputs:
-                    weight = weight[:, :inputs]
-                    while weight.shape[-1] > kernel:  # 7 -> 5 -> 3: the centre, times a matrix
-                        side = weight.shape[-1] - 2
-                        centre = weight[:, 0, 1:-1, 1:-1].flatten(1)  # (out, side * side)
-                        centre = centre @ self.shared[f"{name}_to{side}"]  # learned
-                        weight = centre.view(out, 1, side, side)
-                    weight = weight.contiguous(memory_format=torch.channels_last)
-                self.slices[name] = weight
+            with torch.enable_grad():  # it may learn in a later call
+                self.slices[name] = self.slice(name, out, inputs, kernel)
         return self.slices[name]
 
     def conv(self, name, x, out, kernel=1, stride=1, depthwise=False, bias=False):
         """A convolution to `out` channels; in a depthwise one each channel reads only itself."""
         inputs, groups = (1, out) if depthwise else (x.shape[1], 1)
-        weight = self.slice(name, out, inputs, kernel)
-        shift = self.slice(f"{name}_bias", out) if bias else None
+        weight = self.weight(name, out, inputs, kernel)
+        shift = self.weight(f"{name}_bias", out) if bias else None
         return F.conv2d(x, weight, shift, stride, kernel // 2, groups=groups)
 
     def conv_bn(self, name, x, out, kernel=1, stride=1, depthwise=False):
-        """A convolution and its batch norm, which has the batch's statistics until it is folded."""
+        """A convolution and its batch norm, with the batch's statistics; folded, only a bias."""
         x = self.conv(name, x, out, kernel, stride, depthwise, bias=self.folded)
         if self.folded:
             return x
-        scale, shift = self.slice(f"{name}_scale", out), self.slice(f"{name}_shift", out)
+        scale, shift = self.weight(f"{name}_scale", out), self.weight(f"{name}_shift", out)
         if name not in self.stats:
             self.stats[name] = scale.new_zeros(2, out)
-        mean, variance = self.stats[name]  # updated in place, to the mean over all batches
-        return F.batch_norm(x, mean, variance, scale, shift, True, 1 / self.batches)
+        mean, variance = self.stats[name]
+        share = 1 / self.batches  # of this batch in the mean over all, which is updated in place
+        return F.batch_norm(x, mean, variance, scale, shift, training=True, momentum=share)
 
     def __call__(self, x):
         net, student = self.net, self.student
@@ -420,7 +423,7 @@ class Network:
             y = F.relu_(self.conv_bn("0_1_middle", x, net["stem"], 3, depthwise=True))
             x = x + self.conv_bn("0_1_last", y, net["stem"])
         else:
-            mid = divisible(divisible(net["stem"] * student["width_mid"]) // 2)
+            mid = divisible(divisible(net["stem"] * student["width_mid"]) // 2)  # released code
             x = F.relu_(self.conv_bn("stem_1", x, mid, 3, net["stem_stride"]))
             if student["depth_stem"]:
                 x = x + F.relu_(self.conv_bn("stem_2", x, mid, 3))
@@ -435,11 +438,13 @@ class Network:
             x = F.hardswish(self.conv_bn("head_1", x, net["head"][0]))
             x = F.hardswish(self.conv("head_2", x.mean((2, 3), keepdim=True), net["head"][1]))
         x = x.mean((2, 3), keepdim=True)  # (B, channels, 1, 1)
-        return self.conv("classifier", x, len(net["classes"]), bias=True).flatten(1).float()
+        logits = self.conv("classifier", x, len(net["classes"]), bias=True).flatten(1)
+        return logits.float()  # a loss is in float32, even where convolutions are in bf16
 
     def block(self, name, x, out, stride, act, gated):
         """A bottleneck (ResNet) or an inverted one (MobileNet): 1x1, k x k, 1x1, and a shortcut."""
-        wide, kernel = x.shape[1] if self.mobile else out, self.student.get(f"kernel_{name}", 3)
+        kernel = self.student.get(f"kernel_{name}", 3)  # ResNet: always 3
+        wide = x.shape[1] if self.mobile else out
         middle = divisible(round(wide * self.student[f"expand_{name}"]))
         y = act(self.conv_bn(f"{name}_reduce", x, middle))
         y = act(self.conv_bn(f"{name}_middle", y, middle, kernel, stride, depthwise=self.mobile))
@@ -455,6 +460,22 @@ class Network:
         return F.relu_(x + y)
 
 
+def smaller_kernel(shared, name, weight, kernel):
+    """A depthwise kernel of 5 or 3 is the centre of the next larger one, times a learned matrix."""
+    while weight.shape[-1] > kernel:
+        side = weight.shape[-1] - 2
+        centre = weight[:, 0, 1:-1, 1:-1].flatten(1)  # (out, side * side)
+        weight = (centre @ shared[f"{name}_to{side}"]).view(-1, 1, side, side)
+    return weight
+
+
+def canonical(net, student):
+    """The genotype with 0 for each gene of a block that its depth switches off, so that a network
+    has one genotype (more only where channel rounding merges choices)."""
+    off = [gene for gene, (depth, least) in net["switches"].items() if student[depth] < least]
+    return student | dict.fromkeys(off, 0)
+
+
 def augment(images):
     """Images (B, 3, 32, 32), each randomly cropped (4 black pixels around it) and flipped."""
     count, device = len(images), images.device
@@ -466,22 +487,25 @@ def augment(images):
 
 # ---- Files and flags, the same in every chapter --------------------------------------------------
 def save(path, settings, **content):
-    """Write what load() reads, whole or not at all. A finished file, which another job may have
-    made by now, is never overwritten: it is kept; exits if its settings differ."""
-    if path.suffix == ".pt" and path.exists():
-        load(path, settings)  # may exit
-        return
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """Write what load() reads, whole or not at all. Another job may have written it by now: exits
+    if its settings differ, and keeps a finished file (.pt) as it is."""
+    if path.exists():
+        load(path, settings, sources=False)  # may exit
+        if path.suffix == ".pt":
+            return
+    temporary = path.with_name(f"{path.name}.{token_hex(8)}.tmp")
     with open(temporary, "wb") as file:  # given a path, torch.save would store its name
         torch.save({"settings": settings, **content}, file)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut after the renaming could leave an empty file
     temporary.replace(path)
 
 
-def load(path, settings):
+def load(path, settings, sources=True):
     """What save() wrote. Its settings are all flags, and the checksums of all files, that led to
     it; exits if a flag differs from `settings`, or a checksum from the folder's file."""
     content, expected = torch.load(path, map_location="cpu", weights_only=True), {**settings}
-    for source in path.parent.glob("*.pt"):
+    for source in path.parent.glob("*.pt") if sources else ():
         if source.name in content["settings"]:
             expected[source.name] = crc32(source.read_bytes())
     for name, value in expected.items():
@@ -497,8 +521,9 @@ def write_csv(path, rows):
     path.write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
 
 
-CHAPTERS = """01_dynamic_net.py 02_teacher_trades.py 03_progressive_rslad.py 04_predictor.py
-05_nsga2.py""".split()
+NAMES = "01_dynamic_net 02_teacher_trades 03_progressive_rslad 04_predictor 05_nsga2".split()
+
+CHAPTERS = {int(name[:2]): f"{name}.py" for name in NAMES}
 
 COMMON = {  # flags of every chapter, which it passes on to those that it runs
     "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
@@ -515,7 +540,7 @@ def read_flags(**others):
     """All flags; those `given`, to pass on; `common` and `settings`, which files are made with."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.error = sys.exit  # one line
+    parser.error = sys.exit  # a bad flag: one line
     for flag, (*values, least, most, text) in FLAGS.items():
         others[flag] = {"type": type(values[0]), "help": f"{text}; presets {values}"}
     for flag, options in {**COMMON, **others}.items():

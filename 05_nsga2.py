@@ -12,7 +12,7 @@ dominates are the first front (rank 0), those dominated only by them the second,
 
 Two objectives keep all trade-offs on the front: which one to take is decided last.
 
-New here: the search, the cost by formula, and figures, which stand last and may be skipped.
+Read first: nsga2 to breed, main; figures stand last and may be skipped.
 
     python 05_nsga2.py --dataset toy                             # runs all chapters
     python 05_nsga2.py --dataset cifar10 --max-macs 500          # for a smaller device
@@ -31,8 +31,9 @@ import signal
 import subprocess
 import sys
 import time
-from math import inf
+from math import ceil, floor, inf, log10
 from pathlib import Path
+from secrets import token_hex
 from statistics import median
 from zlib import crc32
 
@@ -55,24 +56,28 @@ def nsga2(net, evaluate, population, generations, mutation, seed):
     (students, objectives, violations), best first."""
     rng = random.Random(f"{seed} search")  # not chapter 4's, which would draw the same students
 
-    def fill(students, draw):  # `population` new ones, all different; fewer if draw() repeats
-        together = {tuple(student.values()): student for student in students}
+    def new_students(draw, known):
+        """`population` students by draw() that differ from each other and from the known ones. In a
+        small network they may be fewer: draw() is called 20 times as often at most."""
+        students = {tuple(student.values()): student for student in known}
         for _ in range(20 * population):
-            if len(together) < len(students) + population:
+            if len(students) < len(known) + population:
                 student = draw()
-                together[tuple(student.values())] = student
-        return list(together.values())[len(students) :]
+                students[tuple(student.values())] = student
+        return list(students.values())[len(known) :]
 
-    def child(parents):  # they are sorted, best first: of two random places the lower one wins
+    def child(parents):
+        """Of two parents, each chosen by a binary tournament: the better one of two at random.
+        Parents are sorted, best first, so the lower place wins."""
         mother, father = (parents[min(rng.choices(range(len(parents)), k=2))] for _ in range(2))
         return breed(net, mother, father, mutation, rng)
 
-    smallest = net["students"]["smallest"]
-    students = [smallest, *fill([smallest], lambda: sample(net, rng))]
+    smallest = net["students"]["smallest"]  # fits any budget that can be met
+    students = [smallest, *new_students(lambda: sample(net, rng), [smallest])]
     first = generation = survivors(students, *evaluate(students), population)
     for _ in range(generations):
         parents = generation[0]
-        children = fill(parents, lambda: child(parents))
+        children = new_students(lambda: child(parents), parents)
         if children:
             scores = [np.concatenate(pair) for pair in zip(generation[1:], evaluate(children))]
             generation = survivors(parents + children, *scores, population)
@@ -137,7 +142,7 @@ def main():
         max_macs={"type": float, "help": "in millions; default 2000, for small networks mid-range"},
         figures={"action": "store_true", "help": "only draw what is in the folder"},
     )
-    end = f"_{args.sampling}" * (args.sampling != "progressive")
+    end = "" if args.sampling == "progressive" else f"_{args.sampling}"  # of the names of files
     if args.figures:
         return finish(args, [], figures(args))
     fitted = f"04_predictor{end}.pt"
@@ -160,13 +165,14 @@ def main():
         made = {"net": net, "weights": source["weights"], "students": {"best": student}}
         table1.unlink(missing_ok=True)  # it lacks this student
         save(checkpoint, settings, **made, rows=tables)
-    tables = load(checkpoint, settings)["rows"]
+    tables, wrote = load(checkpoint, settings)["rows"], [checkpoint]
     for name, rows in tables.items():
-        write_csv(args.out / f"05_{name}{end}.csv", rows)
+        wrote.append(args.out / f"05_{name}{end}.csv")
+        write_csv(wrote[-1], rows)
     best = {key: value for key, value in tables["best"][0].items() if key not in net["genes"]}
-    finish(args, [best], [checkpoint, args.out / f"05_*{end}.csv"])
+    finish(args, [best], wrote)
     if not table1.exists():
-        run_chapter(args, CHAPTERS[1], "--judge", f"--eps={settings['04 eps']}")
+        run_chapter(args, CHAPTERS[2], "--judge", f"--eps={settings['04 eps']}")
     finish(args, [], figures(args))
 
 
@@ -180,43 +186,19 @@ def search(args, net, predictor, budget):
         objectives = predict_accuracy(predictor, net, students).double().numpy()
         return objectives, (macs - budget).clip(0)
 
-    generations = nsga2(net, evaluate, args.population, args.generations, args.mutation, args.seed)
+    first, last = nsga2(net, evaluate, args.population, args.generations, args.mutation, args.seed)
     rows = []
-    for name, (students, objectives, violation) in zip(("first", "last"), generations):
-        front = non_dominated_sort(dominance(objectives, violation)) == 0
-        for i, student in enumerate(students):
+    for name, (students, objectives, violation) in (("first", first), ("last", last)):
+        fronts = non_dominated_sort(dominance(objectives, violation)) == 0
+        for student, scores, front in zip(students, objectives.tolist(), fronts.tolist()):
             row = {"generation": name, **student}
             row["params"], row["macs"] = cost(net, student)
-            row["predicted_natural"], row["predicted_robust"] = objectives[i].tolist()
-            rows.append({**row, "front": bool(front[i])})
-    pick = np.where(front, objectives.sum(1), -inf).argmax()  # the loop's last values
-    best = {**rows[pick - len(students)], "seconds": time.monotonic() - start}
-    return students[pick], {"best": [best], "population": rows}
-
-
-# ---- The predictor, as in chapter 4 --------------------------------------------------------------
-def predict_accuracy(predictor, net, students):
-    """Predicted (natural, robust) accuracy of students, (N, 2), each a share of 1."""
-    answers = mlp(predictor["layers"], one_hot(net, students))
-    return answers * predictor["scale"] + predictor["mean"]
-
-
-def one_hot(net, students):
-    """Features (N, all choices): for each gene a 1 at its choice; none where it is off."""
-    columns = [
-        [float(student[gene] == choice) for student in students]
-        for gene, choices in net["genes"].items()
-        for choice in choices
-    ]
-    return torch.tensor(columns).T
-
-
-def mlp(layers, x):
-    """A fully-connected network with ReLU: features x (N, all choices) -> (N, 2)."""
-    for matrix, bias in layers[:-1]:
-        x = F.relu(x @ matrix + bias)
-    matrix, bias = layers[-1]
-    return x @ matrix + bias
+            row["predicted_natural"], row["predicted_robust"] = scores
+            rows.append({**row, "front": front})
+    front = [row for row in rows if row["generation"] == "last" and row["front"]]
+    best = max(front, key=lambda row: row["predicted_natural"] + row["predicted_robust"])
+    best = {**best, "seconds": time.monotonic() - start}
+    return {gene: best[gene] for gene in net["genes"]}, {"best": [best], "population": rows}
 
 
 # ---- What a student costs ------------------------------------------------------------------------
@@ -269,124 +251,10 @@ def cost(net, student):
     return params, macs
 
 
-# ---- The genotype, as in chapter 1 ---------------------------------------------------------------
-def divisible(channels):
-    """The nearest multiple of 8 that is at least 8 and not below 90 % of `channels`."""
-    rounded = max(8, int(channels + 4) // 8 * 8)
-    return rounded + 8 if rounded < 0.9 * channels else rounded
-
-
-def canonical(net, student):
-    """The genotype with 0 for each gene of a block that its depth switches off, so that a network
-    has one genotype (more only where channel rounding merges choices)."""
-    off = [gene for gene, (depth, least) in net["switches"].items() if student[depth] < least]
-    return student | dict.fromkeys(off, 0)
-
-
-def sample(net, rng):
-    """A student with a random choice of each gene."""
-    return canonical(net, {gene: rng.choice(choices) for gene, choices in net["genes"].items()})
-
-
-# ---- Files and flags, the same in every chapter --------------------------------------------------
-def run_missing(args, *files):
-    """For each file: if it and all later ones are missing, run its chapter."""
-    for i, name in enumerate(files):
-        if not any((args.out / later).exists() for later in files[i:]):
-            run_chapter(args, CHAPTERS[int(name[:2]) - 1])
-
-
-def run_chapter(args, script, *flags):
-    print(f"running {script}\n", flush=True)
-    script = Path(__file__).resolve().with_name(script)
-    if subprocess.run([sys.executable, script, *args.given, *flags]).returncode:
-        sys.exit(f"{script.name} was not finished")
-
-
-def save(path, settings, **content):
-    """Write what load() reads, whole or not at all. A finished file, which another job may have
-    made by now, is never overwritten: it is kept; exits if its settings differ."""
-    if path.suffix == ".pt" and path.exists():
-        load(path, settings)  # may exit
-        return
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:  # given a path, torch.save would store its name
-        torch.save({"settings": settings, **content}, file)
-    temporary.replace(path)
-
-
-def load(path, settings):
-    """What save() wrote. Its settings are all flags, and the checksums of all files, that led to
-    it; exits if a flag differs from `settings`, or a checksum from the folder's file."""
-    content, expected = torch.load(path, map_location="cpu", weights_only=True), {**settings}
-    for source in path.parent.glob("*.pt"):
-        if source.name in content["settings"]:
-            expected[source.name] = crc32(source.read_bytes())
-    for name, value in expected.items():
-        old = content["settings"].get(name)
-        if old != value:
-            sys.exit(f"{path}: {name} was {old}, is {value}: delete the file, or use another --out")
-    content["settings"][path.name] = crc32(path.read_bytes())  # for what is made from it
-    return content
-
-
-def write_csv(path, rows):
-    lines = [rows[0], *(row.values() for row in rows)]  # of names and numbers, without commas
-    path.write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
-
-
-CHAPTERS = """01_dynamic_net.py 02_teacher_trades.py 03_progressive_rslad.py 04_predictor.py
-05_nsga2.py""".split()
-
-COMMON = {  # flags of every chapter, which it passes on to those that it runs
-    "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
-    "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
-    "preset": {"choices": ["paper", "quick", "tiny"], "help": "default: paper, for toy tiny"},
-    "sampling": {"default": "progressive", "choices": ["progressive", "random", "scratch"]},
-    "out": {"type": Path, "help": "folder; default: runs/<dataset>-<net>-<preset>-seed<seed>"},
-    "seed": {"default": 0, "type": int},
-    "device": {"default": "cuda" if torch.cuda.is_available() else "cpu"},
-}
-
-
-def read_flags(**others):
-    """All flags; those `given`, to pass on; `common` and `settings`, which files are made with."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.error = sys.exit  # one line
-    for flag, (*values, least, most, text) in FLAGS.items():
-        others[flag] = {"type": type(values[0]), "help": f"{text}; presets {values}"}
-    for flag, options in {**COMMON, **others}.items():
-        parser.add_argument(f"--{flag.replace('_', '-')}", **options)
-    args = parser.parse_args()
-    flags = vars(args)
-    args.given = [f"--{f}={flags[f]}" for f in COMMON if flags[f] != parser.get_default(f)]
-    args.preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
-    for flag, (*values, least, most, text) in FLAGS.items():
-        if flags[flag] is None:
-            flags[flag] = values[COMMON["preset"]["choices"].index(args.preset)]
-        if not least <= flags[flag] <= most:
-            sys.exit(f"{flag} is {flags[flag]}, not {least} to {most}: {text}")
-    args.settings = {f"{STAGE} {flag}": flags[flag] for flag in FLAGS}
-    args.common = {name: flags[name] for name in ("dataset", "net", "preset", "seed")}
-    folder = f"{Path(args.dataset).name}-{args.net}-{args.preset}-seed{args.seed}"
-    args.out = args.out or Path("runs", folder)
-    return args
-
-
-def finish(args, rows, wrote, following=""):
-    """Print a table, the files that were written, and the next command."""
-    for line in [*rows[:1], *(row.values() for row in rows)]:
-        print(*(format(cell, ">14.4g" if isinstance(cell, float) else ">14") for cell in line))
-    print("wrote", *wrote)
-    if following:
-        print("next: python", following, *args.given)
-
-
 # ---- Figures; the lesson does not need them ------------------------------------------------------
 def figures(args):
     """Draw every figure whose files are in the folder; returns their paths."""
-    made, drawn, clouds, lines = {}, [], {}, {}
+    made, drawn, clouds, sizes, lines = {}, [], {}, {}, {}
     for path in sorted(args.out.glob("0[2-5]_*.pt")):
         try:
             made[path.stem] = load(path, args.common)
@@ -409,6 +277,8 @@ def figures(args):
             label += f", eps {settings['04 eps']:g}, PGD-{settings['04 steps']}"
             test, panels = rows["predictions"], []
             clouds[label] = ("dots", points(rows["students"], *axes))
+            macs = [{**row, "MACs": cost(file["net"], row)[1] / 1e6} for row in rows["students"]]
+            sizes[label] = ("dots", points(macs, "MACs", "robust"))
             for key in axes:  # figure 9
                 lines[f"{key}: {label}"] = ("line", points(rows["widths"], "student", key))
                 series = {"students": ("dots", points(test, key, f"predicted_{key}"))}
@@ -426,7 +296,8 @@ def figures(args):
             series["chosen"] = ("dots", points(file["rows"]["best"], *axes))
             labels = "predicted natural accuracy, %", "predicted robust accuracy, %"
             draw(name.replace("search", "population"), (*labels, series))
-    draw("04_students", ("natural accuracy, %", "robust accuracy, %", clouds))  # figures 2 and 7
+    robust = "robust accuracy, %"  # figures 2 and 7, and what a smaller device loses
+    draw("04_students", ("natural accuracy, %", robust, clouds), ("million MACs", robust, sizes))
     draw("04_widths", ("width (kernel)", "accuracy, %", lines))  # figure 6
     rows = costs(made)
     if rows:
@@ -460,12 +331,12 @@ def costs(made):
     search = seconds(made["05_search"]["rows"]["best"])
     if not alone:
         return []
-    rows, each = [], sum(alone) / len(alone)
-    for n in range(1, 51):
-        hours = {"retraining": n * each / 3600, "ProARD": (once + n * search) / 3600}
-        rows.append({"devices": n, **hours})
+    each = sum(alone) / len(alone)
     print(f"50 devices: {50 * each / (once + 50 * search):.3g} times cheaper to train (paper: 60)")
-    return rows
+    return [
+        {"devices": n, "retraining": n * each / 3600, "ProARD": (once + n * search) / 3600}
+        for n in range(1, 51)
+    ]
 
 
 COLOURS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a8a8a", "#b8860b"  # for the colour-blind
@@ -476,29 +347,183 @@ def plot(path, panels):
     parts = ['<rect width="100%" height="100%" fill="white"/>']
     for number, (x_label, y_label, series) in enumerate(panels):
         parts.append(f'<g transform="translate({420 * number + 60})">')  # 320 x 280, from (0, 30)
-        columns = [*zip(*(pair for _, pairs in series.values() for pair in pairs))]
-        (x0, width), (y0, height) = ((min(c), max(c) - min(c) or 1) for c in columns)
-        for share in (0, 0.25, 0.5, 0.75, 1):
-            x, y = 320 * share, 310 - 280 * share
-            parts.append(f'<path d="M{x} 30v280M0 {y}h320" stroke="#ddd"/>')
-            parts.append(f'<text x="{x - 12}" y="328">{x0 + share * width:.4g}</text>')
-            parts.append(f'<text x="-55" y="{y + 4}">{y0 + share * height:.4g}</text>')
+        xs, ys = map(ticks, zip(*(pair for _, pairs in series.values() for pair in pairs)))
+        at_x = lambda x: 320 * (x - xs[0]) / (xs[-1] - xs[0])
+        at_y = lambda y: 310 - 280 * (y - ys[0]) / (ys[-1] - ys[0])
+        for x in xs:
+            parts.append(f'<path d="M{at_x(x):.1f} 30v280" stroke="#ddd"/>')
+            parts.append(f'<text x="{at_x(x):.1f}" y="328" text-anchor="middle">{x:.6g}</text>')
+        for y in ys:
+            parts.append(f'<path d="M0 {at_y(y):.1f}h320" stroke="#ddd"/>')
+            parts.append(f'<text x="-6" y="{at_y(y) + 4:.1f}" text-anchor="end">{y:.6g}</text>')
         parts.append(f'<text y="20">{y_label}</text><text x="90" y="350">{x_label}</text>')
         for i, (name, (style, pairs)) in enumerate(series.items()):
             colour = COLOURS[i % len(COLOURS)]
-            places = [(320 * (x - x0) / width, 310 - 280 * (y - y0) / height) for x, y in pairs]
             if style == "line":
-                line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+                line = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in pairs)
                 parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}"/>')
             else:
-                dot = f'r="3" fill="{colour}"/>'
-                parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" {dot}' for x, y in places]
+                dot = f'r="3" fill="{colour}" fill-opacity="0.7"/>'
+                parts += [f'<circle cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" {dot}' for x, y in pairs]
             parts.append(f'<text y="{372 + 18 * i}" fill="{colour}">{name}</text>')
         parts.append("</g>")
     size = f"0 0 {420 * len(panels)} {380 + 18 * max(len(series) for *_, series in panels)}"
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}" style="font:13px sans-serif">'
     path.write_text("\n".join([head, *parts, "</svg>\n"]), encoding="utf-8")
     return path
+
+
+def ticks(values):
+    """Round numbers around the values: multiples of 1, 2, 2.5 or 5 times a power of ten."""
+    spread = max(values) - min(values) or 1
+    step = 10 ** floor(log10(spread))  # the spread is one to ten of these
+    step *= next(share for share in (0.2, 0.25, 0.5, 1, 2) if spread <= 5 * share * step)
+    first, last = floor(min(values) / step), ceil(max(values) / step)
+    return [step * i for i in range(first, max(last, first + 1) + 1)]
+
+
+# ==== Nothing below is new: the same text as in earlier chapters, held equal by a test ============
+# ---- The predictor, as in chapter 4 --------------------------------------------------------------
+def predict_accuracy(predictor, net, students):
+    """Predicted (natural, robust) accuracy of students, (N, 2), each a share of 1."""
+    answers = mlp(predictor["layers"], one_hot(net, students))
+    return answers * predictor["scale"] + predictor["mean"]
+
+
+def one_hot(net, students):
+    """Features (N, all choices): for each gene a 1 at its choice; none where it is off."""
+    columns = [
+        [float(student[gene] == choice) for student in students]
+        for gene, choices in net["genes"].items()
+        for choice in choices
+    ]
+    return torch.tensor(columns).T
+
+
+def mlp(layers, x):
+    """A fully-connected network with ReLU: features x (N, all choices) -> (N, 2)."""
+    for matrix, bias in layers[:-1]:
+        x = F.relu(x @ matrix + bias)
+    matrix, bias = layers[-1]
+    return x @ matrix + bias
+
+
+# ---- The genotype, as in chapter 1 ---------------------------------------------------------------
+def divisible(channels):
+    """The nearest multiple of 8 that is at least 8 and not below 90 % of `channels`."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
+
+
+def canonical(net, student):
+    """The genotype with 0 for each gene of a block that its depth switches off, so that a network
+    has one genotype (more only where channel rounding merges choices)."""
+    off = [gene for gene, (depth, least) in net["switches"].items() if student[depth] < least]
+    return student | dict.fromkeys(off, 0)
+
+
+def sample(net, rng):
+    """A student with a random choice of each gene."""
+    return canonical(net, {gene: rng.choice(choices) for gene, choices in net["genes"].items()})
+
+
+# ---- Files and flags, the same in every chapter --------------------------------------------------
+def run_missing(args, *files):
+    """For each file: if it and all later ones are missing, run its chapter."""
+    for i, name in enumerate(files):
+        if not any((args.out / later).exists() for later in files[i:]):
+            run_chapter(args, CHAPTERS[int(name[:2])])
+
+
+def run_chapter(args, script, *flags):
+    print(f"running {script}\n", flush=True)
+    script = Path(__file__).resolve().with_name(script)
+    if subprocess.run([sys.executable, script, *args.given, *flags]).returncode:
+        sys.exit(f"{script.name} was not finished")
+
+
+def save(path, settings, **content):
+    """Write what load() reads, whole or not at all. Another job may have written it by now: exits
+    if its settings differ, and keeps a finished file (.pt) as it is."""
+    if path.exists():
+        load(path, settings, sources=False)  # may exit
+        if path.suffix == ".pt":
+            return
+    temporary = path.with_name(f"{path.name}.{token_hex(8)}.tmp")
+    with open(temporary, "wb") as file:  # given a path, torch.save would store its name
+        torch.save({"settings": settings, **content}, file)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut after the renaming could leave an empty file
+    temporary.replace(path)
+
+
+def load(path, settings, sources=True):
+    """What save() wrote. Its settings are all flags, and the checksums of all files, that led to
+    it; exits if a flag differs from `settings`, or a checksum from the folder's file."""
+    content, expected = torch.load(path, map_location="cpu", weights_only=True), {**settings}
+    for source in path.parent.glob("*.pt") if sources else ():
+        if source.name in content["settings"]:
+            expected[source.name] = crc32(source.read_bytes())
+    for name, value in expected.items():
+        old = content["settings"].get(name)
+        if old != value:
+            sys.exit(f"{path}: {name} was {old}, is {value}: delete the file, or use another --out")
+    content["settings"][path.name] = crc32(path.read_bytes())  # for what is made from it
+    return content
+
+
+def write_csv(path, rows):
+    lines = [rows[0], *(row.values() for row in rows)]  # of names and numbers, without commas
+    path.write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
+
+
+NAMES = "01_dynamic_net 02_teacher_trades 03_progressive_rslad 04_predictor 05_nsga2".split()
+
+CHAPTERS = {int(name[:2]): f"{name}.py" for name in NAMES}
+
+COMMON = {  # flags of every chapter, which it passes on to those that it runs
+    "dataset": {"default": "cifar10", "help": "cifar10, cifar100, toy, or a folder of images"},
+    "net": {"default": "resnet50", "choices": ["resnet50", "mbv3"]},
+    "preset": {"choices": ["paper", "quick", "tiny"], "help": "default: paper, for toy tiny"},
+    "sampling": {"default": "progressive", "choices": ["progressive", "random", "scratch"]},
+    "out": {"type": Path, "help": "folder; default: runs/<dataset>-<net>-<preset>-seed<seed>"},
+    "seed": {"default": 0, "type": int},
+    "device": {"default": "cuda" if torch.cuda.is_available() else "cpu"},
+}
+
+
+def read_flags(**others):
+    """All flags; those `given`, to pass on; `common` and `settings`, which files are made with."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.error = sys.exit  # a bad flag: one line
+    for flag, (*values, least, most, text) in FLAGS.items():
+        others[flag] = {"type": type(values[0]), "help": f"{text}; presets {values}"}
+    for flag, options in {**COMMON, **others}.items():
+        parser.add_argument(f"--{flag.replace('_', '-')}", **options)
+    args = parser.parse_args()
+    flags = vars(args)
+    args.given = [f"--{f}={flags[f]}" for f in COMMON if flags[f] != parser.get_default(f)]
+    args.preset = args.preset or ("tiny" if args.dataset == "toy" else "paper")
+    for flag, (*values, least, most, text) in FLAGS.items():
+        if flags[flag] is None:
+            flags[flag] = values[COMMON["preset"]["choices"].index(args.preset)]
+        if not least <= flags[flag] <= most:
+            sys.exit(f"{flag} is {flags[flag]}, not {least} to {most}: {text}")
+    args.settings = {f"{STAGE} {flag}": flags[flag] for flag in FLAGS}
+    args.common = {name: flags[name] for name in ("dataset", "net", "preset", "seed")}
+    folder = f"{Path(args.dataset).name}-{args.net}-{args.preset}-seed{args.seed}"
+    args.out = args.out or Path("runs", folder)
+    return args
+
+
+def finish(args, rows, wrote, following=""):
+    """Print a table, the files that were written, and the next command."""
+    for line in [*rows[:1], *(row.values() for row in rows)]:
+        print(*(format(cell, ">14.4g" if isinstance(cell, float) else ">14") for cell in line))
+    print("wrote", *wrote)
+    if following:
+        print("next: python", following, *args.given)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Chapter 1: the dynamic network (paper, section 4.3; Once-for-all, Cai et al., 2020).
 
-One set of weights holds trillions of networks (tiny: thousands). A student is a genotype, a choice
-for each gene. Its weights are the leading slices of the shared ones, so it costs nothing to make.
+One set of weights holds 10^12 networks or more (tiny: thousands). A student is a genotype, a choice
+for each gene. Its weights are leading slices of the shared ones, so it costs next to nothing.
 
-    depth      blocks of a stage (ResNet: more than the least); of the stem: 0 or its second layer
-    width      channels of a stage, of the stem, of its first layers, as a share of the largest's
+    depth      blocks of a stage (ResNet: beyond the fixed ones); depth_stem: 0 or its middle layer
+    width      channels of a stage, of the stem's end or of its middle, as a share of the largest's
     kernel     side of a depthwise kernel (MobileNet, in place of widths)
     expand     channels inside a block, as a multiple of its output's (MobileNet: of its input's)
 
@@ -47,9 +47,9 @@ FLAGS = {}  # flag: (paper, quick, tiny, least, most, help); this chapter has no
 
 # ---- The lesson: a student's weights are slices of shared ones -----------------------------------
 class Network:
-    """A student: logits (B, classes) = network(x) of images x (B, 3, 32, 32) in [0, 1]. It has no
-    weights of its own (so it is no nn.Module) but leading slices of the shared ones, through which
-    gradients flow back, taken at the first call: after an SGD step, make a new Network."""
+    """A student: logits (B, classes) = network(x) of images x (B, 3, 32, 32) in [0, 1]. Its weights
+    are leading slices of the shared ones, cut at the first call; gradients flow back through them.
+    After an SGD step, make a new Network. It owns no weights, so it is no nn.Module."""
 
     def __init__(self, net, shared, student):
         self.net, self.shared, self.student = net, shared, student
@@ -65,13 +65,13 @@ class Network:
         if inputs is None:
             return weight
         weight = weight[:, :inputs]  # of all inputs the first
-        weight = smaller_kernel(self.shared, name, weight, kernel)  # MobileNet's
+        weight = smaller_kernel(self.shared, name, weight, kernel)  # if one is asked for
         return weight.contiguous(memory_format=torch.channels_last)
 
     def weight(self, name, out, inputs=None, kernel=1):
-        """The slice, taken at the first call and kept."""
+        """The slice, cut at the first call and kept."""
         if name not in self.slices:
-            with torch.enable_grad():  # it may learn in a later call
+            with torch.enable_grad():  # so it can learn even if the first call was without
                 self.slices[name] = self.slice(name, out, inputs, kernel)
         return self.slices[name]
 
@@ -100,6 +100,7 @@ class Network:
         x = x.contiguous(memory_format=torch.channels_last)  # a fifth faster than channels first
         if self.mobile:
             x = F.hardswish(self.conv_bn("stem", x, net["stem"], 3, net["stem_stride"]))
+            # Block 0_1 has no genes.
             y = F.relu_(self.conv_bn("0_1_middle", x, net["stem"], 3, depthwise=True))
             x = x + self.conv_bn("0_1_last", y, net["stem"])
         else:
@@ -117,7 +118,7 @@ class Network:
         if self.mobile:
             x = F.hardswish(self.conv_bn("head_1", x, net["head"][0]))
             x = F.hardswish(self.conv("head_2", x.mean((2, 3), keepdim=True), net["head"][1]))
-        x = x.mean((2, 3), keepdim=True)  # (B, channels, 1, 1)
+        x = x.mean((2, 3), keepdim=True)  # (B, channels, 1, 1), as MobileNet's is already
         logits = self.conv("classifier", x, len(net["classes"]), bias=True).flatten(1)
         return logits.float()  # a loss is in float32, even where convolutions are in bf16
 
@@ -215,13 +216,13 @@ NETWORKS = {  # sections 4.3 and 5.0.1; "tiny" is of the same construction, for 
     ("mbv3", "paper"): {
         "stem": 16, "stem_stride": 1, "head": (960, 1280),
         "stages": (
-            (24, 0, 1, "relu", False), (40, 0, 2, "relu", True), (80, 0, 2, "hardswish", False),
+            (24, 0, 1, "relu_", False), (40, 0, 2, "relu_", True), (80, 0, 2, "hardswish", False),
             (112, 0, 1, "hardswish", True), (160, 0, 2, "hardswish", True)),
         "depth": (2, 3, 4), "kernel": (3, 5, 7), "expand": (3, 4, 6),
         "usual": {"depth": 4, "kernel": 7, "expand": 4}},
     ("mbv3", "tiny"): {
         "stem": 16, "stem_stride": 2, "head": (128, 128),
-        "stages": ((24, 0, 2, "relu", False), (40, 0, 2, "hardswish", True)),
+        "stages": ((24, 0, 2, "relu_", False), (40, 0, 2, "hardswish", True)),
         "depth": (1, 2), "kernel": (3, 5), "expand": (2, 3, 4),
         "usual": {"depth": 1, "kernel": 3, "expand": 4}},
 }
@@ -236,11 +237,12 @@ def make_net(name, preset, classes):
     (4.17 M; paper 4.21)."""
     net = {**NETWORKS[name, "tiny" if preset == "tiny" else "paper"], "classes": classes}
     net["genes"], net["switches"] = make_genes(net)
-    usual, genes = net["usual"], net["genes"].items()  # usual: of a gene, or of all of a kind
+    usual, genes = net["usual"], net["genes"].items()
     students = {
         "largest": {gene: choices[-1] for gene, choices in genes},
         "middle": {gene: choices[1] for gene, choices in genes},  # the second of 2 or 3
         "smallest": {gene: choices[0] for gene, choices in genes},
+        # net["usual"] names a gene, or a kind of genes.
         "usual": {gene: usual.get(gene, usual[gene.split("_")[0]]) for gene, _ in genes},
     }
     net["students"] = {name: canonical(net, student) for name, student in students.items()}
@@ -349,7 +351,7 @@ def read_images(args):
     held_out, kept = order[tenth], order[~tenth]
     count = 500 if args.preset == "tiny" else 2000
     torch.manual_seed(0)
-    calibration = augment(pixels[kept][:4000])[:count]  # always 4000, so crops agree
+    calibration = augment(pixels[kept][:4000])[:count]  # presets keep more or fewer of these
     data = {"calibration": calibration, "test": test[0], "test_labels": test[1]}
     for part, pick in {"train": kept, "held_out": held_out}.items():
         data[part], data[f"{part}_labels"] = pixels[pick], labels[pick]
@@ -460,7 +462,7 @@ def load(path, settings, sources=True):
 
 
 def write_csv(path, rows):
-    lines = [rows[0], *(row.values() for row in rows)]  # of names and numbers, without commas
+    lines = [rows[0].keys(), *(row.values() for row in rows)]  # names and numbers have no commas
     path.write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
 
 
@@ -505,9 +507,9 @@ def read_flags(**others):
 
 def finish(args, rows, wrote, following=""):
     """Print a table, the files that were written, and the next command."""
-    for line in [*rows[:1], *(row.values() for row in rows)]:
+    for line in [*rows[:1], *(row.values() for row in rows)]:  # a dict stands for its keys
         print(*(format(cell, ">14.4g" if isinstance(cell, float) else ">14") for cell in line))
-    print("wrote", *wrote)
+    print("files:", *wrote)
     if following:
         print("next: python", following, *args.given)
 

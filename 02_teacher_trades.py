@@ -5,13 +5,13 @@ most eps, as it answers the original:
 
     for epoch, for batch of images x and labels y:
         x' = PGD from x, climbing KL(f(x) || f(x'))             # the maximum in equation 1
-        loss = cross entropy(f(x), y) + beta KL(f(x) || f(x'))  # accuracy + beta * robustness
+        loss = cross entropy(f(x), y) + beta KL(f(x) || f(x'))  # right, and the same under attack
         SGD step on the weights of f, the largest student
     keep the epoch with the largest natural + robust accuracy on held-out training images
 
 An epoch is chosen because the robust accuracy of new images falls again late in adversarial
-training, while that of training images still rises (Rice et al., 2020); it is chosen by the sum by
-which chapter 5 chooses a student. Test images are for final numbers only: this chapter's table 1.
+training, while that of training images still rises (Rice et al., 2020). Chapter 5 chooses a student
+by the same sum. Test images are for final numbers only: this chapter's table 1.
 
 Read first: pgd, trades_loss, main.
 
@@ -20,7 +20,7 @@ Read first: pgd, trades_loss, main.
     python 02_teacher_trades.py --judge              # table 1 of this folder; chapter 5 runs it
 
 reads   01_images.pt, 01_dynamic_net.pt (made first if missing)
-writes  02_teacher.pt, .csv        the best epoch's weights; a row for each epoch (02_usual...)
+writes  02_teacher.pt, .csv        the best epoch's weights; a row for each epoch (or 02_usual...)
         table1.csv, student.pt2    with --judge; the students of chapter 5's searches, exported
 """
 
@@ -75,7 +75,7 @@ def gradient_of(loss):
         with torch.enable_grad():  # even while judging
             return torch.autograd.grad(loss(x), x)[0]
 
-    return Replayed(gradient)  # speed only: the same function, on a GPU as a CUDA graph
+    return Replayed(gradient)  # the same as gradient; on a GPU faster
 
 
 def trades_loss(network, x, y, beta, attack):
@@ -84,9 +84,9 @@ def trades_loss(network, x, y, beta, attack):
     logits = network(x)
     log_f = logits.log_softmax(1)  # log f(x), (B, classes)
     # The attack. At x the KL and its gradient are zero, so it starts slightly off x. Batch norm has
-    # the statistics of each step's own x', as in the loss below.
-    constant, noise = log_f.detach(), 0.001 * torch.randn_like(x)
-    x_adv = pgd(lambda z: kl(constant, network(z)), x, noise, *attack)
+    # the statistics of each step's own x', as in the loss below (chapter 3 freezes x's: faster).
+    target, noise = log_f.detach(), 0.001 * torch.randn_like(x)
+    x_adv = pgd(lambda z: kl(target, network(z)), x, noise, *attack)
     # The loss. Gradients flow through both sides of its KL.
     cross_entropy = F.cross_entropy(logits, y)
     robust_kl = kl(log_f, network(x_adv))
@@ -156,7 +156,7 @@ def main():
         rows.append({**row, "seconds": time.monotonic() - start})
         if total(rows[-1]) == max(map(total, rows)):  # of equal ones the latest
             best = moved(shared, "cpu")
-        print(", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()), flush=True)
+        print(", ".join(f"{key} {value:.4g}" for key, value in rows[-1].items()), flush=True)
         training = {"weights": shared, "sgd": optimizer.state_dict(), "best": best}
         save(checkpoint.with_suffix(".state"), settings, **training, rows=rows)
 
@@ -231,7 +231,7 @@ def table1(args, data):
             with FlopCounterMode(display=False) as counter:
                 judged(data["test"][:1] / 255)
             row = {"file": path.stem, "student": name, "eps": args.eps}
-            row["params"] = sum(part.numel() for part in network.slices.values())
+            row["params"] = sum(part.numel() for part in network.slices.values())  # not folded
             row["macs"] = counter.get_total_flops() // 2
             test = judged, data["test"], labels
             row["natural"], row["fgsm"] = judge(*test, eps, eps, 1)
@@ -251,7 +251,7 @@ def export(network, classes, path):
     [0, 1] to logits; the lines of its extra file `names` are the classes, in their order."""
     module, network = torch.nn.Module(), copy.copy(network)
     weights = {name: part.contiguous() for name, part in moved(network.slices, "cpu").items()}
-    # Parameters, so that .to("cuda") moves them.
+    # Channels first, and parameters, so that .to("cuda") moves them.
     module.weights = network.slices = torch.nn.ParameterDict(weights).requires_grad_(False)
     module.forward = network.__call__
     shapes, x = ({0: torch.export.Dim("batch")},), torch.zeros(2, 3, 32, 32)
@@ -292,7 +292,8 @@ class Replayed:
 
 # ---- Training: progress, learning rate, resuming -------------------------------------------------
 def counted(name, items, rounds=1):
-    """The items; every ten seconds it prints how many are done, and what is left of all rounds."""
+    """The items; every ten seconds it prints how many are done, and the minutes that are left, of
+    `rounds` such passes."""
     start = last = time.monotonic()
     for i, item in enumerate(items):
         if time.monotonic() - last > 10:
@@ -342,9 +343,9 @@ def divisible(channels):
 
 
 class Network:
-    """A student: logits (B, classes) = network(x) of images x (B, 3, 32, 32) in [0, 1]. It has no
-    weights of its own (so it is no nn.Module) but leading slices of the shared ones, through which
-    gradients flow back, taken at the first call: after an SGD step, make a new Network."""
+    """A student: logits (B, classes) = network(x) of images x (B, 3, 32, 32) in [0, 1]. Its weights
+    are leading slices of the shared ones, cut at the first call; gradients flow back through them.
+    After an SGD step, make a new Network. It owns no weights, so it is no nn.Module."""
 
     def __init__(self, net, shared, student):
         self.net, self.shared, self.student = net, shared, student
@@ -360,13 +361,13 @@ class Network:
         if inputs is None:
             return weight
         weight = weight[:, :inputs]  # of all inputs the first
-        weight = smaller_kernel(self.shared, name, weight, kernel)  # MobileNet's
+        weight = smaller_kernel(self.shared, name, weight, kernel)  # if one is asked for
         return weight.contiguous(memory_format=torch.channels_last)
 
     def weight(self, name, out, inputs=None, kernel=1):
-        """The slice, taken at the first call and kept."""
+        """The slice, cut at the first call and kept."""
         if name not in self.slices:
-            with torch.enable_grad():  # it may learn in a later call
+            with torch.enable_grad():  # so it can learn even if the first call was without
                 self.slices[name] = self.slice(name, out, inputs, kernel)
         return self.slices[name]
 
@@ -395,6 +396,7 @@ class Network:
         x = x.contiguous(memory_format=torch.channels_last)  # a fifth faster than channels first
         if self.mobile:
             x = F.hardswish(self.conv_bn("stem", x, net["stem"], 3, net["stem_stride"]))
+            # Block 0_1 has no genes.
             y = F.relu_(self.conv_bn("0_1_middle", x, net["stem"], 3, depthwise=True))
             x = x + self.conv_bn("0_1_last", y, net["stem"])
         else:
@@ -412,7 +414,7 @@ class Network:
         if self.mobile:
             x = F.hardswish(self.conv_bn("head_1", x, net["head"][0]))
             x = F.hardswish(self.conv("head_2", x.mean((2, 3), keepdim=True), net["head"][1]))
-        x = x.mean((2, 3), keepdim=True)  # (B, channels, 1, 1)
+        x = x.mean((2, 3), keepdim=True)  # (B, channels, 1, 1), as MobileNet's is already
         logits = self.conv("classifier", x, len(net["classes"]), bias=True).flatten(1)
         return logits.float()  # a loss is in float32, even where convolutions are in bf16
 
@@ -485,7 +487,7 @@ def load(path, settings, sources=True):
 
 
 def write_csv(path, rows):
-    lines = [rows[0], *(row.values() for row in rows)]  # of names and numbers, without commas
+    lines = [rows[0].keys(), *(row.values() for row in rows)]  # names and numbers have no commas
     path.write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
 
 
@@ -531,9 +533,9 @@ def read_flags(**others):
 
 def finish(args, rows, wrote, following=""):
     """Print a table, the files that were written, and the next command."""
-    for line in [*rows[:1], *(row.values() for row in rows)]:
+    for line in [*rows[:1], *(row.values() for row in rows)]:  # a dict stands for its keys
         print(*(format(cell, ">14.4g" if isinstance(cell, float) else ">14") for cell in line))
-    print("wrote", *wrote)
+    print("files:", *wrote)
     if following:
         print("next: python", following, *args.given)
 

@@ -6,7 +6,8 @@
             student = random choices of what varies, the largest of the rest
             x' = PGD from x, climbing KL(teacher(x) || student(x'))
             loss = (1 - alpha) KL(teacher(x) || student(x)) + alpha KL(teacher(x) || student(x'))
-            one SGD step on the layers that the student uses                # equations 2 and 3
+            one SGD step on the layers that the student uses                      # equation 2
+                                  # (equation 3: the least mean of this loss over all students)
 
 The order is the paper's idea: weights that many students share are learned while students are still
 large; small ones come last, and inherit weights that work. Dyn-MobileNetV3 varies kernels in place
@@ -17,7 +18,7 @@ Read first: rslad_loss, draw, main.
 
     python 03_progressive_rslad.py --dataset cifar10     # the paper's schedule, on a GPU
     python 03_progressive_rslad.py --sampling random     # the paper's baseline: all genes vary
-    python 03_progressive_rslad.py --sampling scratch    # the released one: from random weights
+    python 03_progressive_rslad.py --sampling scratch    # the released code's: from random weights
     python 03_progressive_rslad.py --student usual       # RSLAD of one student, from random weights
 
 reads   01_images.pt, 02_teacher.pt (random weights: 01_dynamic_net.pt); made first if missing
@@ -72,7 +73,7 @@ def rslad_loss(network, teacher, x, alpha, attack):
         log_t = teacher(x).log_softmax(1)  # log T(x), (B, classes)
     natural_kl = kl(log_t, network(x))  # the network keeps the batch-norm statistics of this batch
     # L_max: the attack. In all its steps batch norm has the statistics of x, which is faster than
-    # each step's own, and as good (students: natural +0.06, robust +0.01 points). It starts a bit
+    # each step's own, and as good (measured: students 0.06 / 0.01 points better). It starts a bit
     # off x, because a student that answers as the teacher has no gradient there.
     frozen, noise = fold_norms(network), 0.001 * torch.randn_like(x)
     x_adv = pgd(lambda z: kl(log_t, frozen(z)), x, noise, *attack)
@@ -85,11 +86,8 @@ def rslad_loss(network, teacher, x, alpha, attack):
 
 def draw(net, rng, varies, base):
     """A student: genes of the kinds in `varies` at random, the others as in `base`."""
-    student = {**base}
-    for gene, choices in net["genes"].items():
-        if gene.split("_")[0] in varies:
-            student[gene] = rng.choice(choices)
-    return canonical(net, student)
+    genes = [gene for gene in net["genes"] if gene.split("_")[0] in varies]
+    return canonical(net, base | {gene: rng.choice(net["genes"][gene]) for gene in genes})
 
 
 def main():
@@ -102,6 +100,7 @@ def main():
     data = moved(load(args.out / "01_images.pt", args.common)["data"], device)
     teacher_file = load(args.out / "02_teacher.pt", args.common)
     net, settings = teacher_file["net"], teacher_file["settings"] | args.settings
+    # logged: students that are judged after each epoch; in_table1: by chapter 2, in the end
     if args.student:
         run, phases = args.student, [()]  # one phase, in which nothing varies
         logged = in_table1 = [args.student]
@@ -124,7 +123,8 @@ def main():
         optimizer.load_state_dict(made["sgd"])
     batch = min(args.batch_size, len(data["train"]))
     batches = len(data["train"]) // batch  # of an epoch; an incomplete one is left out
-    epochs, epochs_of_phase = 3 * args.epochs, 3 * args.epochs // len(phases)
+    epochs = 3 * args.epochs
+    epochs_of_phase = epochs // len(phases)
     held_out = [data[part][: args.val_images] for part in ("held_out", "held_out_labels")]
     attack = args.eps / 255, args.step_size / 255, args.steps
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -150,10 +150,10 @@ def main():
             share = (epoch_of_phase + len(losses) / batches) / epochs_of_phase  # of the phase
             lr = args.lr * min(share / args.warmup, (1 + cos(pi * share)) / 2)  # up, then a cosine
             optimizer.param_groups[0]["lr"] = lr
-            # Gradients flow through the slices into the shared weights. Equation 3 is the mean over
-            # all students; that of a random one estimates its gradient without bias. Layers that
-            # this student lacks have none, and stay. What lies outside its slices has a gradient of
-            # zero, and still moves: by the momentum of earlier students, and by weight decay.
+            # Gradients flow through the slices into the shared weights: this student's stands for
+            # the mean over all (equation 3). Layers that it lacks have none, and stay. What lies
+            # outside its slices has a gradient of zero, and still moves: by the momentum of earlier
+            # students, and by weight decay.
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -167,7 +167,7 @@ def main():
             right = judge(calibrated(network, data["calibration"]), *held_out, *attack)
             row[f"natural_{name}"], row[f"robust_{name}"] = right
         rows.append({**row, "seconds": time.monotonic() - start})
-        print(", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()), flush=True)
+        print(", ".join(f"{key} {value:.4g}" for key, value in rows[-1].items()), flush=True)
         training = {"weights": shared, "sgd": optimizer.state_dict()}
         save(checkpoint.with_suffix(".state"), settings, **training, rows=rows)
 
@@ -185,12 +185,11 @@ def main():
     finish(args, table, [checkpoint, checkpoint.with_suffix(".csv")], following)
 
 
-# Before expansions vary, the channels inside each block are sorted once, since a smaller expansion
-# keeps the leading ones, which should be the important ones. The channels that a width cuts cannot
-# be sorted: shortcuts tie the blocks of a stage together, and one order would have to suit all. But
-# widths vary first, so that the leading ones learn to be important.
 def sort_channels(net, shared):
-    """Order the channels inside each block; the largest network's answers stay the same."""
+    """Order the channels inside each block by importance; the largest network's answers stay the
+    same. A smaller expansion keeps the leading ones. The channels that a width cuts cannot be
+    sorted: shortcuts tie the blocks of a stage together, and one order would have to suit all. But
+    widths vary first, so that the leading ones learn to be important."""
     for block in [gene.removeprefix("expand_") for gene in net["genes"] if "expand" in gene]:
         if "kernel" in net:
             # reduce -> middle (-> squeeze -> excite) -> last: one order throughout, because a
@@ -215,8 +214,9 @@ def reorder(shared, block, makers, readers):
             name = f"{block}_{maker}{end}"
             if name in shared:
                 shared[name].copy_(shared[name][order])
-    for name in shared.keys() & [f"{block}_{reader}" for reader in readers]:
-        shared[name].copy_(shared[name][:, order])
+    for name in [f"{block}_{reader}" for reader in readers]:
+        if name in shared:
+            shared[name].copy_(shared[name][:, order])
 
 
 # ==== Nothing below is new: the same text as in earlier chapters, held equal by a test ============
@@ -239,7 +239,7 @@ def gradient_of(loss):
         with torch.enable_grad():  # even while judging
             return torch.autograd.grad(loss(x), x)[0]
 
-    return Replayed(gradient)  # speed only: the same function, on a GPU as a CUDA graph
+    return Replayed(gradient)  # the same as gradient; on a GPU faster
 
 
 def kl(log_target, logits):
@@ -318,7 +318,8 @@ class Replayed:
 
 
 def counted(name, items, rounds=1):
-    """The items; every ten seconds it prints how many are done, and what is left of all rounds."""
+    """The items; every ten seconds it prints how many are done, and the minutes that are left, of
+    `rounds` such passes."""
     start = last = time.monotonic()
     for i, item in enumerate(items):
         if time.monotonic() - last > 10:
@@ -367,9 +368,9 @@ def divisible(channels):
 
 
 class Network:
-    """A student: logits (B, classes) = network(x) of images x (B, 3, 32, 32) in [0, 1]. It has no
-    weights of its own (so it is no nn.Module) but leading slices of the shared ones, through which
-    gradients flow back, taken at the first call: after an SGD step, make a new Network."""
+    """A student: logits (B, classes) = network(x) of images x (B, 3, 32, 32) in [0, 1]. Its weights
+    are leading slices of the shared ones, cut at the first call; gradients flow back through them.
+    After an SGD step, make a new Network. It owns no weights, so it is no nn.Module."""
 
     def __init__(self, net, shared, student):
         self.net, self.shared, self.student = net, shared, student
@@ -385,13 +386,13 @@ class Network:
         if inputs is None:
             return weight
         weight = weight[:, :inputs]  # of all inputs the first
-        weight = smaller_kernel(self.shared, name, weight, kernel)  # MobileNet's
+        weight = smaller_kernel(self.shared, name, weight, kernel)  # if one is asked for
         return weight.contiguous(memory_format=torch.channels_last)
 
     def weight(self, name, out, inputs=None, kernel=1):
-        """The slice, taken at the first call and kept."""
+        """The slice, cut at the first call and kept."""
         if name not in self.slices:
-            with torch.enable_grad():  # it may learn in a later call
+            with torch.enable_grad():  # so it can learn even if the first call was without
                 self.slices[name] = self.slice(name, out, inputs, kernel)
         return self.slices[name]
 
@@ -420,6 +421,7 @@ class Network:
         x = x.contiguous(memory_format=torch.channels_last)  # a fifth faster than channels first
         if self.mobile:
             x = F.hardswish(self.conv_bn("stem", x, net["stem"], 3, net["stem_stride"]))
+            # Block 0_1 has no genes.
             y = F.relu_(self.conv_bn("0_1_middle", x, net["stem"], 3, depthwise=True))
             x = x + self.conv_bn("0_1_last", y, net["stem"])
         else:
@@ -437,7 +439,7 @@ class Network:
         if self.mobile:
             x = F.hardswish(self.conv_bn("head_1", x, net["head"][0]))
             x = F.hardswish(self.conv("head_2", x.mean((2, 3), keepdim=True), net["head"][1]))
-        x = x.mean((2, 3), keepdim=True)  # (B, channels, 1, 1)
+        x = x.mean((2, 3), keepdim=True)  # (B, channels, 1, 1), as MobileNet's is already
         logits = self.conv("classifier", x, len(net["classes"]), bias=True).flatten(1)
         return logits.float()  # a loss is in float32, even where convolutions are in bf16
 
@@ -517,7 +519,7 @@ def load(path, settings, sources=True):
 
 
 def write_csv(path, rows):
-    lines = [rows[0], *(row.values() for row in rows)]  # of names and numbers, without commas
+    lines = [rows[0].keys(), *(row.values() for row in rows)]  # names and numbers have no commas
     path.write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
 
 
@@ -563,9 +565,9 @@ def read_flags(**others):
 
 def finish(args, rows, wrote, following=""):
     """Print a table, the files that were written, and the next command."""
-    for line in [*rows[:1], *(row.values() for row in rows)]:
+    for line in [*rows[:1], *(row.values() for row in rows)]:  # a dict stands for its keys
         print(*(format(cell, ">14.4g" if isinstance(cell, float) else ">14") for cell in line))
-    print("wrote", *wrote)
+    print("files:", *wrote)
     if following:
         print("next: python", following, *args.given)
 

@@ -8,12 +8,11 @@ A search asks for the accuracies of thousands of students, and PGD is far too sl
     fit an MLP: genotype, one-hot -> (natural, robust)    # on all but the last 300
     compare predictions and measurements of those 300
 
-Two others stand beside the predictor's root mean squared error (RMSE): that of always answering the
-mean, which is how much students differ, and that of a linear model. With 40 students to fit, the
-linear model was the best of the three: what choices add to an accuracy nearly sums up, and an MLP
-of 0.8 million weights has to learn even that from 40 examples of 30 features. Measured accuracies
-are noisy, being those of a sample of images; but the sample is the same for all students, so they
-share most of the noise.
+Two baselines stand beside the predictor's root mean squared error (RMSE): always the mean, and a
+linear model. Fitted to 40 students of the tiny network, the linear model was the best of the three:
+what single choices add to an accuracy nearly sums up, and an MLP of 0.8 million weights has to
+learn even that from 40 examples of 30 features. Measured accuracies are noisy, being those of a
+sample of images; but the sample is the same for all students, so they share most of the noise.
 
 Read first: measure, train_predictor, compare.
 
@@ -113,11 +112,10 @@ def mlp(layers, x):
 
 
 def compare(net, students, labels, predicted):
-    """A row for each target, with the root mean squared error on the last T of N students: of
-    predictions (T, 2), of the mean label of the first N - T, and of a linear model fitted to these.
-    tau: a search needs only the order; Kendall's tau-b (scipy.stats.kendalltau) is the share of
-    pairs in the right order minus that in the wrong one, corrected for ties. accuracy: mean of all.
-    """
+    """A row for each target. RMSE on the last T of N students: of the predictions (T, 2), of the
+    mean of the others' labels, of a linear model fitted to the others. tau: a search needs only the
+    order; Kendall's tau-b (scipy.stats.kendalltau) is the share of pairs in the right order minus
+    that in the wrong one, corrected for ties. mean accuracy: of all N."""
     train, test = labels[: -len(predicted)], labels[-len(predicted) :]
     features = one_hot(net, students)
     features = torch.cat([features, torch.ones(len(students), 1)], 1).double()
@@ -129,7 +127,7 @@ def compare(net, students, labels, predicted):
     # the predicted ones, since a product of two signs is 1 if the order is right, -1 if not.
     real, guessed = ((part[:, None] - part).sign().flatten(0, 1) for part in (test, predicted))
     columns["tau"] = F.cosine_similarity(real, guessed, dim=0)
-    columns["accuracy"] = labels.mean(0)
+    columns["mean accuracy"] = labels.mean(0)
     papers = {"natural": 0.0076, "robust": 0.0072}  # section 5.2; the abstract has 0.0073
     return [
         {"target": target, "paper's RMSE": paper}
@@ -155,8 +153,8 @@ def main():
     for name, rows in tables.items():
         wrote.append(args.out / f"04_{name}{end}.csv")
         write_csv(wrote[-1], rows)
-    print(f"\nRMSE and tau on {args.test_students} students that were not used in training. Below")
-    print("'of the mean' a predictor has learned something: else use more --students or --images")
+    print(f"\nRMSE and tau on {args.test_students} students that were not used in training.")
+    print("Below 'of the mean' it has learned something; if not, use more --students or --images:")
     finish(args, tables["report"], wrote, CHAPTERS[5])
 
 
@@ -165,12 +163,9 @@ def fit(args, source, settings, checkpoint, state):
     data = moved(load(args.out / "01_images.pt", args.common)["data"], args.device)
     held_out = [data[part][: args.images] for part in ("held_out", "held_out_labels")]
     attack = args.eps / 255, args.step_size / 255, args.steps
+    setup = data["calibration"], held_out, attack
     net, shared = source["net"], moved(source["weights"], args.device)
-
-    def measured(student):
-        return measure(Network(net, shared, student), data["calibration"], held_out, attack)
-
-    rng, test = random.Random(args.seed), args.test_students
+    rng, tests = random.Random(args.seed), args.test_students
     drawn = [sample(net, rng) for _ in range(10 * args.students)]
     students = [*{tuple(s.values()): s for s in drawn}.values()][: args.students]  # all differ
     if len(students) < args.students:
@@ -181,18 +176,21 @@ def fit(args, source, settings, checkpoint, state):
     rows = load(state, measuring)["rows"] if state.exists() else []
     print(f"{args.students} students, PGD-{args.steps}, {len(held_out[0])} images, {args.device}")
     for student in counted("students:", students[len(rows) :]):
-        rows.append({**student, **measured(student)})
+        rows.append({**student, **measure(Network(net, shared, student), *setup)})
         save(state, measuring, rows=rows)
 
     rows = rows[: len(students)]
     labels = torch.tensor([[row["natural"], row["robust"]] for row in rows])  # (N, 2)
-    predictor = train_predictor(net, students[:-test], labels[:-test], args.epochs, args.seed)
-    predicted = predict_accuracy(predictor, net, students[-test:])
+    predictor = train_predictor(net, students[:-tests], labels[:-tests], args.epochs, args.seed)
+    predicted = predict_accuracy(predictor, net, students[-tests:])
     columns = "natural", "robust", "predicted_natural", "predicted_robust"
-    pairs = torch.cat([labels[-test:], predicted], 1).tolist()
+    pairs = torch.cat([labels[-tests:], predicted], 1).tolist()
     tables = {"students": rows, "predictions": [dict(zip(columns, pair)) for pair in pairs]}
     tables["report"] = compare(net, students, labels, predicted)
-    tables["widths"] = [{"student": w, **measured(s)} for w, s in widths(net).items()]
+    tables["widths"] = [
+        {"student": width, **measure(Network(net, shared, student), *setup)}
+        for width, student in widths(net).items()
+    ]
     made = {"net": net, "weights": source["weights"], "predictor": predictor}
     save(checkpoint, settings, **made, rows=tables)
 
@@ -224,7 +222,7 @@ def gradient_of(loss):
         with torch.enable_grad():  # even while judging
             return torch.autograd.grad(loss(x), x)[0]
 
-    return Replayed(gradient)  # speed only: the same function, on a GPU as a CUDA graph
+    return Replayed(gradient)  # the same as gradient; on a GPU faster
 
 
 @torch.no_grad()
@@ -298,7 +296,8 @@ class Replayed:
 
 
 def counted(name, items, rounds=1):
-    """The items; every ten seconds it prints how many are done, and what is left of all rounds."""
+    """The items; every ten seconds it prints how many are done, and the minutes that are left, of
+    `rounds` such passes."""
     start = last = time.monotonic()
     for i, item in enumerate(items):
         if time.monotonic() - last > 10:
@@ -335,9 +334,9 @@ def divisible(channels):
 
 
 class Network:
-    """A student: logits (B, classes) = network(x) of images x (B, 3, 32, 32) in [0, 1]. It has no
-    weights of its own (so it is no nn.Module) but leading slices of the shared ones, through which
-    gradients flow back, taken at the first call: after an SGD step, make a new Network."""
+    """A student: logits (B, classes) = network(x) of images x (B, 3, 32, 32) in [0, 1]. Its weights
+    are leading slices of the shared ones, cut at the first call; gradients flow back through them.
+    After an SGD step, make a new Network. It owns no weights, so it is no nn.Module."""
 
     def __init__(self, net, shared, student):
         self.net, self.shared, self.student = net, shared, student
@@ -353,13 +352,13 @@ class Network:
         if inputs is None:
             return weight
         weight = weight[:, :inputs]  # of all inputs the first
-        weight = smaller_kernel(self.shared, name, weight, kernel)  # MobileNet's
+        weight = smaller_kernel(self.shared, name, weight, kernel)  # if one is asked for
         return weight.contiguous(memory_format=torch.channels_last)
 
     def weight(self, name, out, inputs=None, kernel=1):
-        """The slice, taken at the first call and kept."""
+        """The slice, cut at the first call and kept."""
         if name not in self.slices:
-            with torch.enable_grad():  # it may learn in a later call
+            with torch.enable_grad():  # so it can learn even if the first call was without
                 self.slices[name] = self.slice(name, out, inputs, kernel)
         return self.slices[name]
 
@@ -388,6 +387,7 @@ class Network:
         x = x.contiguous(memory_format=torch.channels_last)  # a fifth faster than channels first
         if self.mobile:
             x = F.hardswish(self.conv_bn("stem", x, net["stem"], 3, net["stem_stride"]))
+            # Block 0_1 has no genes.
             y = F.relu_(self.conv_bn("0_1_middle", x, net["stem"], 3, depthwise=True))
             x = x + self.conv_bn("0_1_last", y, net["stem"])
         else:
@@ -405,7 +405,7 @@ class Network:
         if self.mobile:
             x = F.hardswish(self.conv_bn("head_1", x, net["head"][0]))
             x = F.hardswish(self.conv("head_2", x.mean((2, 3), keepdim=True), net["head"][1]))
-        x = x.mean((2, 3), keepdim=True)  # (B, channels, 1, 1)
+        x = x.mean((2, 3), keepdim=True)  # (B, channels, 1, 1), as MobileNet's is already
         logits = self.conv("classifier", x, len(net["classes"]), bias=True).flatten(1)
         return logits.float()  # a loss is in float32, even where convolutions are in bf16
 
@@ -481,7 +481,7 @@ def load(path, settings, sources=True):
 
 
 def write_csv(path, rows):
-    lines = [rows[0], *(row.values() for row in rows)]  # of names and numbers, without commas
+    lines = [rows[0].keys(), *(row.values() for row in rows)]  # names and numbers have no commas
     path.write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
 
 
@@ -527,9 +527,9 @@ def read_flags(**others):
 
 def finish(args, rows, wrote, following=""):
     """Print a table, the files that were written, and the next command."""
-    for line in [*rows[:1], *(row.values() for row in rows)]:
+    for line in [*rows[:1], *(row.values() for row in rows)]:  # a dict stands for its keys
         print(*(format(cell, ">14.4g" if isinstance(cell, float) else ">14") for cell in line))
-    print("wrote", *wrote)
+    print("files:", *wrote)
     if following:
         print("next: python", following, *args.given)
 

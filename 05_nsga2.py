@@ -61,14 +61,15 @@ def nsga2(net, evaluate, population, generations, mutation, seed):
         small network they may be fewer: draw() is called 20 times as often at most."""
         students = {tuple(student.values()): student for student in known}
         for _ in range(20 * population):
-            if len(students) < len(known) + population:
-                student = draw()
-                students[tuple(student.values())] = student
+            if len(students) == len(known) + population:
+                break
+            student = draw()
+            students[tuple(student.values())] = student
         return list(students.values())[len(known) :]
 
     def child(parents):
         """Of two parents, each chosen by a binary tournament: the better one of two at random.
-        Parents are sorted, best first, so the lower place wins."""
+        Parents are sorted, best first, so the lower index wins."""
         mother, father = (parents[min(rng.choices(range(len(parents)), k=2))] for _ in range(2))
         return breed(net, mother, father, mutation, rng)
 
@@ -110,7 +111,7 @@ def non_dominated_sort(dominates):
     while (rank < 0).any():
         front = (count == 0) & (rank < 0)
         rank[front] = rank.max() + 1
-        count = count - dominates[front].sum(0)
+        count -= dominates[front].sum(0)
     return rank
 
 
@@ -189,12 +190,12 @@ def search(args, net, predictor, budget):
     first, last = nsga2(net, evaluate, args.population, args.generations, args.mutation, args.seed)
     rows = []
     for name, (students, objectives, violation) in (("first", first), ("last", last)):
-        fronts = non_dominated_sort(dominance(objectives, violation)) == 0
-        for student, scores, front in zip(students, objectives.tolist(), fronts.tolist()):
+        first_front = non_dominated_sort(dominance(objectives, violation)) == 0
+        for student, scores, on_front in zip(students, objectives.tolist(), first_front.tolist()):
             row = {"generation": name, **student}
             row["params"], row["macs"] = cost(net, student)
             row["predicted_natural"], row["predicted_robust"] = scores
-            rows.append({**row, "front": front})
+            rows.append({**row, "front": on_front})
     front = [row for row in rows if row["generation"] == "last" and row["front"]]
     best = max(front, key=lambda row: row["predicted_natural"] + row["predicted_robust"])
     best = {**best, "seconds": time.monotonic() - start}
@@ -211,7 +212,7 @@ def cost(net, student):
 
     def layer(inputs, out, kernel=1, pooled=False, bias=False):
         """`inputs`: channels that an output reads, 1 if depthwise. On side x side pixels and with
-        batch norm; pooled: on one pixel and without."""
+        batch norm; pooled: on one pixel and without, perhaps with a bias."""
         nonlocal params, macs
         params += inputs * out * kernel**2 + (bias if pooled else 2) * out
         macs += inputs * out * kernel**2 * (1 if pooled else side**2)
@@ -233,7 +234,7 @@ def cost(net, student):
         for j in range(1, blocks + student[f"depth_{i}"] + 1):
             middle = divisible(round((x if mobile else out) * student[f"expand_{i}_{j}"]))
             layer(x, middle)
-            side //= stride if j == 1 else 1
+            side //= stride if j == 1 else 1  # the first block's k x k layer shrinks the image
             layer(1 if mobile else middle, middle, kernel=student.get(f"kernel_{i}_{j}", 3))
             if gated:
                 squeezed = divisible(middle // 4)
@@ -267,12 +268,12 @@ def figures(args):
 
     for name, file in made.items():
         rows, settings, axes = file["rows"], file["settings"], ("natural", "robust")
-        if name < "04":  # training curves
+        if name[:2] in ("02", "03"):  # training curves
             keys = [key for key in rows[0] if key not in ("epoch", "lr", "seconds")]
             curves = {key: ("line", points(rows, "epoch", key)) for key in keys}
-            losses = {key: curves.pop(key) for key in keys if key.endswith(("loss", "py", "kl"))}
+            losses = {key: curves.pop(key) for key in keys if not is_accuracy(key)}
             draw(name, ("epoch", "loss", losses), ("epoch", "held out, %", curves))
-        elif name < "05":
+        elif name[:2] == "04":
             label = name.removeprefix("04_predictor").strip("_") or "progressive"
             label += f", eps {settings['04 eps']:g}, PGD-{settings['04 steps']}"
             test, panels = rows["predictions"], []
@@ -287,13 +288,13 @@ def figures(args):
             draw(name.replace("predictor", "predictions"), *panels)
         else:  # figure 10
             axes, most = ("predicted_natural", "predicted_robust"), settings["05 max_macs"]
-            rows, series = [row for row in rows["population"] if row["macs"] <= 1e6 * most], {}
+            fit, series = [row for row in rows["population"] if row["macs"] <= 1e6 * most], {}
             for key in ("first", "last"):
-                chosen = [row for row in rows if row["generation"] == key]
-                series[f"{key} generation"] = ("dots", points(chosen, *axes))
-            front = points([row for row in chosen if row["front"]], *axes)
+                shown = [row for row in fit if row["generation"] == key]
+                series[f"{key} generation"] = ("dots", points(shown, *axes))
+            front = points([row for row in shown if row["front"]], *axes)
             series[f"front, at most {most} million MACs"] = ("line", sorted(front))
-            series["chosen"] = ("dots", points(file["rows"]["best"], *axes))
+            series["chosen"] = ("dots", points(rows["best"], *axes))
             labels = "predicted natural accuracy, %", "predicted robust accuracy, %"
             draw(name.replace("search", "population"), (*labels, series))
     robust = "robust accuracy, %"  # figures 2 and 7, and what a smaller device loses
@@ -302,15 +303,19 @@ def figures(args):
     rows = costs(made)
     if rows:
         write_csv(args.out / "05_cost.csv", rows)
-        lines = {key: ("line", points(rows, "devices", key)) for key in ("retraining", "ProARD")}
+        lines = {key: ("line", points(rows, "devices", key)) for key in [*rows[0]][1:]}
         draw("05_cost", ("devices", "hours", lines))
     return drawn
 
 
 def points(rows, x, y):
     """Pairs of two columns, accuracies in %."""
-    percent = lambda key: 100 if key[:3] in ("nat", "rob", "pre") and key[-2:] != "kl" else 1
-    return [(percent(x) * row[x], percent(y) * row[y]) for row in rows]
+    x_unit, y_unit = (100 if is_accuracy(key) else 1 for key in (x, y))
+    return [(x_unit * row[x], y_unit * row[y]) for row in rows]
+
+
+def is_accuracy(key):
+    return ("natural" in key or "robust" in key) and not key.endswith("kl")
 
 
 def costs(made):
@@ -334,7 +339,7 @@ def costs(made):
     each = sum(alone) / len(alone)
     print(f"50 devices: {50 * each / (once + 50 * search):.3g} times cheaper to train (paper: 60)")
     return [
-        {"devices": n, "retraining": n * each / 3600, "ProARD": (once + n * search) / 3600}
+        {"devices": n, "retraining": n * each / 3600, "one network": (once + n * search) / 3600}
         for n in range(1, 51)
     ]
 
@@ -473,7 +478,7 @@ def load(path, settings, sources=True):
 
 
 def write_csv(path, rows):
-    lines = [rows[0], *(row.values() for row in rows)]  # of names and numbers, without commas
+    lines = [rows[0].keys(), *(row.values() for row in rows)]  # names and numbers have no commas
     path.write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
 
 
@@ -519,9 +524,9 @@ def read_flags(**others):
 
 def finish(args, rows, wrote, following=""):
     """Print a table, the files that were written, and the next command."""
-    for line in [*rows[:1], *(row.values() for row in rows)]:
+    for line in [*rows[:1], *(row.values() for row in rows)]:  # a dict stands for its keys
         print(*(format(cell, ">14.4g" if isinstance(cell, float) else ">14") for cell in line))
-    print("wrote", *wrote)
+    print("files:", *wrote)
     if following:
         print("next: python", following, *args.given)
 

@@ -276,7 +276,7 @@ def torchvisions(net, shared, gene):
     for i, (out, _, stride, activation, gated) in enumerate(net["stages"], 1):
         for j in range(1, gene[f"depth_{i}"] + 1):
             sizes = x, gene[f"kernel_{i}_{j}"], c1.divisible(x * gene[f"expand_{i}_{j}"]), out
-            more = {"relu": "RE", "hardswish": "HS"}[activation], stride if j == 1 else 1
+            more = {"relu_": "RE", "hardswish": "HS"}[activation], stride if j == 1 else 1
             kinds.append((*sizes, gated, *more))
             x = out
     theirs = nn.Sequential(

@@ -535,6 +535,8 @@ def test_the_course_of_distillation(folder, monkeypatch, words):
     if name in ("random", "scratch"):  # channels are sorted before expansions vary
         c3.sort_channels(net, first["weights"])
     assert all(torch.equal(w, first["weights"][key]) for key, w in steps[0]["shared"].items())
+    (made,) = read(folder / "run", f"03_{name}")  # the last step has a rate of 0
+    assert all(torch.equal(w, made["weights"][key]) for key, w in steps[-1]["shared"].items())
     length = 30 if name == "usual" else 10
     for i, step in enumerate(steps):  # warm-up and cosine, in each phase anew
         share = (i % length + 1) / length
@@ -556,10 +558,9 @@ def test_the_course_of_distillation(folder, monkeypatch, words):
     expected = c2.Network(net, trained["weights"], largest)(x)
     assert torch.equal(steps[0]["others"][0](x), expected)  # one teacher: all steps are over
     assert len({step["others"][0] for step in steps}) == 1
-    if name == "progressive":  # sorted once, between the second and the third phase
-        for after in (10, 20):
-            moved = steps[after - 1]["shared"]["1_1_last"] - steps[after]["shared"]["1_1_last"]
-            assert (moved.abs().max() > 0.2) == (after == 20)
+    for after in (10, 20):  # sorted once, progressive between the second and the third phase
+        moved = steps[after - 1]["shared"]["1_1_last"] - steps[after]["shared"]["1_1_last"]
+        assert (moved.abs().max() > 0.2) == (name == "progressive" and after == 20)
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
@@ -765,23 +766,30 @@ def test_held_out_and_calibration_images_measure_and_train_nothing(folder, monke
 
 def test_the_predictor_is_fitted_to_all_but_the_test_students(folder, monkeypatch):
     """Students 9 to 12 test it: their labels change its report, the first one's change its fit."""
-    made = []
+    made, (source,) = [], read(folder / "run", "03_progressive")
+    same = lambda weights: all(torch.equal(w, weights[key]) for key, w in source["weights"].items())
     for other in (None, 9, 12, 1):
         asked = []
 
-        def measure(*_, other=other, asked=asked):
-            asked.append(1)
-            natural = 0.1 if len(asked) == other else 0.5 + 0.01 * (len(asked) % 5)
+        def measure(network, *_, other=other, asked=asked):
+            asked.append(network)
+            natural = 0.1 if len(asked) == other else 0.5 + 0.01 * len(asked)
             return {"natural": natural, "robust": natural / 2, "seconds": 1.0}
 
         delete(folder, "04*")
         monkeypatch.setattr(c4, "measure", measure)
         run(folder, 4)
         (file,) = read(folder / "run", "04_predictor")
-        largest = file["net"]["students"]["largest"]
-        assert c4.widths(file["net"])[1.0] == largest  # figure 6
+        rows, net = file["rows"], file["net"]
+        assert all(same(network.shared) for network in asked) and same(file["weights"])
+        students = [{gene: row[gene] for gene in net["genes"]} for row in rows["students"]]
+        students += c4.widths(net).values()  # figure 6
+        assert [network.student for network in asked] == students and len(students) == 12 + 3
+        assert students[-1] == net["students"]["largest"]
+        labels = [row["natural"] for row in rows["students"][-4:]]
+        assert np.allclose(labels, [row["natural"] for row in rows["predictions"]])
         layers = [weight.tolist() for layer in file["predictor"]["layers"] for weight in layer]
-        made.append((layers, file["predictor"]["mean"].tolist(), file["rows"]["report"]))
+        made.append((layers, file["predictor"]["mean"].tolist(), rows["report"]))
     first, *tested, fitted = made
     assert all(first[:2] == other[:2] and first[2] != other[2] for other in tested)
     assert first[0] != fitted[0] and first[1] != fitted[1]
@@ -790,16 +798,37 @@ def test_the_predictor_is_fitted_to_all_but_the_test_students(folder, monkeypatc
 def test_the_student_chosen_has_the_largest_sum_within_the_budget(folder, monkeypatch):
     delete(folder, "05*", "table1.csv")
     (net,) = (made["net"] for made in read(folder / "run", "01_dynamic_net"))
-    students = different(students_of(net, 9))[:5]
+    students = different(students_of(net, 9))[:5]  # the largest, the smallest, others
     scores = np.array([[0.9, 0.1], [0.1, 0.9], [0.6, 0.55], [0.55, 0.57], [0.99, 0.99]])
     last = students, scores, np.array([0, 0, 0, 0, 1.0])
     first = students[::-1], np.ones((5, 2)), np.zeros(5)
-    monkeypatch.setattr(c5, "nsga2", lambda *_: (first, last))
+
+    def nsga2(net, evaluate, *_):
+        violation = evaluate(students)[1]  # in millions of MACs
+        assert violation[:2] == pytest.approx([c5.cost(net, students[0])[1] / 1e6 - 2.3, 0])
+        return first, last
+
+    monkeypatch.setattr(c5, "nsga2", nsga2)
     monkeypatch.setattr(c5, "run_chapter", lambda *_: None)
-    run(folder, 5)
-    search, source = read(folder / "run", "05_search", "03_progressive")
+    run(folder, 5, "--max-macs", 2.3)
+    search, source = read(folder / "run", "05_search_2.3M", "03_progressive")
     assert search["students"] == {"best": students[2]}
     assert all(torch.equal(w, source["weights"][key]) for key, w in search["weights"].items())
+
+
+def test_each_sampling_has_its_own_files(folder):
+    for number, more in ((3, ("--epochs", 1)), (4, ()), (5, ())):
+        run(folder, number, "--sampling", "random", *more)
+    source, *others = read(folder / "run", "03_random", "04_predictor_random", "05_search_random")
+    for made in others:
+        assert all(torch.equal(w, made["weights"][key]) for key, w in source["weights"].items())
+    (student,) = others[1]["students"].values()
+    fitted = c5.predict_accuracy(others[0]["predictor"], source["net"], [student])[0].tolist()
+    (best,) = others[1]["rows"]["best"]
+    assert fitted == pytest.approx([best["predicted_natural"], best["predicted_robust"]], rel=1e-5)
+    assert {"03_random", "05_search", "05_search_random"} < {
+        row["file"] for row in rows_of(folder / "run/table1.csv")
+    }
 
 
 # ---- Stops: killed at any moment, the same command ends with the same files ----------------------

@@ -698,7 +698,19 @@ def test_baselines_make_table_1_and_the_costs(folder, monkeypatch):
         assert (row["file"], row["student"], row["eps"]) == (*name, "4.0")
         assert (int(row["params"]), int(row["macs"])) == c5.cost(net, student)
     assert {path.name for path in out.glob("*.pt2")} == {"student.pt2", f"student_{budget:g}M.pt2"}
-    monkeypatch.setattr(c2, "judge", lambda *a: asked.append(a[3:]) or (1, 1))
+    (data,) = (made["data"] for made in read(out, "01_images"))
+
+    def judge(network, images, labels, *attack):
+        assert torch.equal(images, data["test"]) and torch.equal(labels, data["test_labels"])
+        asked.append(attack)
+        return 1, 1
+
+    def calibrated(network, images, real=c2.calibrated):
+        assert torch.equal(images, data["calibration"])
+        return real(network, images)
+
+    monkeypatch.setattr(c2, "judge", judge)
+    monkeypatch.setattr(c2, "calibrated", calibrated)
     delete(folder, f"05_search_{budget:g}M.pt")
     said, at = run(folder, 2, "--judge", "--eps", 48), 48 / 255  # steps reach it: 20 of a quarter
     assert {*asked} == {(at, at, 1), (at, at / 4, 20)}

@@ -100,9 +100,8 @@ class Network:
         x = x.contiguous(memory_format=torch.channels_last)  # a fifth faster than channels first
         if self.mobile:
             x = F.hardswish(self.conv_bn("stem", x, net["stem"], 3, net["stem_stride"]))
-            # Block 0_1 has no genes.
             y = F.relu_(self.conv_bn("0_1_middle", x, net["stem"], 3, depthwise=True))
-            x = x + self.conv_bn("0_1_last", y, net["stem"])
+            x = x + self.conv_bn("0_1_last", y, net["stem"])  # block 0_1 has no genes
         else:
             mid = divisible(divisible(net["stem"] * student["width_mid"]) // 2)  # released code
             x = F.relu_(self.conv_bn("stem_1", x, mid, 3, net["stem_stride"]))

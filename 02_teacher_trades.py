@@ -214,8 +214,7 @@ def judge(network, images, labels, eps, step_size, steps, batch=100):
 def table1(args, data):
     """Judge on the test images (section 5.4) the students of all files of the folder, by FGSM, one
     step of eps, and PGD-20, 20 of eps / 4; export those that searches chose (05_*.pt)."""
-    rows, labels, eps = [], data["test_labels"], args.eps / 255
-    wrote = [args.out / "table1.csv"]
+    rows, exported, labels, eps = [], [], data["test_labels"], args.eps / 255
     share = labels.bincount().max().item() / len(labels)
     print(f"table 1: {len(labels)} test images, {share:.0%} of the largest class")
     for path in sorted(args.out.glob("0[235]_*.pt")):
@@ -238,12 +237,12 @@ def table1(args, data):
             row["pgd20"] = judge(*test, eps, eps / 4, 20)[1]
             rows.append(row)
             if path.stem.startswith("05_search"):
-                wrote.append(args.out / f"student{path.stem.removeprefix('05_search')}.pt2")
-                export(judged, made["net"]["classes"], wrote[-1])
+                exported.append(args.out / f"student{path.stem.removeprefix('05_search')}.pt2")
+                export(judged, made["net"]["classes"], exported[-1])
     if not rows:
         sys.exit(f"nothing to judge in {args.out}: {CHAPTERS[2]} trains a teacher")
-    write_csv(wrote[0], rows)
-    finish(args, rows, wrote)
+    write_csv(args.out / "table1.csv", rows)
+    finish(args, rows, [args.out / "table1.csv", *exported])
 
 
 def export(network, classes, path):
@@ -292,8 +291,7 @@ class Replayed:
 
 # ---- Training: progress, learning rate, resuming -------------------------------------------------
 def counted(name, items, rounds=1):
-    """The items; every ten seconds it prints how many are done, and the minutes that are left, of
-    `rounds` such passes."""
+    """The items; every ten seconds it prints how many are done, and the time left for `rounds`."""
     start = last = time.monotonic()
     for i, item in enumerate(items):
         if time.monotonic() - last > 10:
@@ -396,9 +394,8 @@ class Network:
         x = x.contiguous(memory_format=torch.channels_last)  # a fifth faster than channels first
         if self.mobile:
             x = F.hardswish(self.conv_bn("stem", x, net["stem"], 3, net["stem_stride"]))
-            # Block 0_1 has no genes.
             y = F.relu_(self.conv_bn("0_1_middle", x, net["stem"], 3, depthwise=True))
-            x = x + self.conv_bn("0_1_last", y, net["stem"])
+            x = x + self.conv_bn("0_1_last", y, net["stem"])  # block 0_1 has no genes
         else:
             mid = divisible(divisible(net["stem"] * student["width_mid"]) // 2)  # released code
             x = F.relu_(self.conv_bn("stem_1", x, mid, 3, net["stem_stride"]))

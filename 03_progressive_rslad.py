@@ -14,6 +14,10 @@ large; small ones come last, and inherit weights that work. Dyn-MobileNetV3 vari
 of widths. The loss is RSLAD's (Zi et al., 2021): to x and to x' the student should answer as the
 teacher answers x. That answer is robust already, and says more than the label does.
 
+What came out on the tiny network (README): the order won nothing over random sampling that starts
+from the teacher's weights, too; what is inherited counts, not when. Random sampling from random
+weights, on half of the passes at a lower rate, as the released code runs it, is far below both.
+
 Read first: rslad_loss, draw, main.
 
     python 03_progressive_rslad.py --dataset cifar10     # the paper's schedule, on a GPU
@@ -123,8 +127,7 @@ def main():
         optimizer.load_state_dict(made["sgd"])
     batch = min(args.batch_size, len(data["train"]))
     batches = len(data["train"]) // batch  # of an epoch; an incomplete one is left out
-    epochs = 3 * args.epochs
-    epochs_of_phase = epochs // len(phases)
+    epochs, epochs_of_phase = 3 * args.epochs, 3 * args.epochs // len(phases)
     held_out = [data[part][: args.val_images] for part in ("held_out", "held_out_labels")]
     attack = args.eps / 255, args.step_size / 255, args.steps
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -318,8 +321,7 @@ class Replayed:
 
 
 def counted(name, items, rounds=1):
-    """The items; every ten seconds it prints how many are done, and the minutes that are left, of
-    `rounds` such passes."""
+    """The items; every ten seconds it prints how many are done, and the time left for `rounds`."""
     start = last = time.monotonic()
     for i, item in enumerate(items):
         if time.monotonic() - last > 10:
@@ -421,9 +423,8 @@ class Network:
         x = x.contiguous(memory_format=torch.channels_last)  # a fifth faster than channels first
         if self.mobile:
             x = F.hardswish(self.conv_bn("stem", x, net["stem"], 3, net["stem_stride"]))
-            # Block 0_1 has no genes.
             y = F.relu_(self.conv_bn("0_1_middle", x, net["stem"], 3, depthwise=True))
-            x = x + self.conv_bn("0_1_last", y, net["stem"])
+            x = x + self.conv_bn("0_1_last", y, net["stem"])  # block 0_1 has no genes
         else:
             mid = divisible(divisible(net["stem"] * student["width_mid"]) // 2)  # released code
             x = F.relu_(self.conv_bn("stem_1", x, mid, 3, net["stem_stride"]))

@@ -297,8 +297,7 @@ class Replayed:
 
 
 def counted(name, items, rounds=1):
-    """The items; every ten seconds it prints how many are done, and the minutes that are left, of
-    `rounds` such passes."""
+    """The items; every ten seconds it prints how many are done, and the time left for `rounds`."""
     start = last = time.monotonic()
     for i, item in enumerate(items):
         if time.monotonic() - last > 10:
@@ -388,9 +387,8 @@ class Network:
         x = x.contiguous(memory_format=torch.channels_last)  # a fifth faster than channels first
         if self.mobile:
             x = F.hardswish(self.conv_bn("stem", x, net["stem"], 3, net["stem_stride"]))
-            # Block 0_1 has no genes.
             y = F.relu_(self.conv_bn("0_1_middle", x, net["stem"], 3, depthwise=True))
-            x = x + self.conv_bn("0_1_last", y, net["stem"])
+            x = x + self.conv_bn("0_1_last", y, net["stem"])  # block 0_1 has no genes
         else:
             mid = divisible(divisible(net["stem"] * student["width_mid"]) // 2)  # released code
             x = F.relu_(self.conv_bn("stem_1", x, mid, 3, net["stem_stride"]))

@@ -346,12 +346,10 @@ def costs(made):
     ]
 
 
-COLOURS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a8a8a", "#b8860b"  # for the colour-blind
-
-
 def plot(path, panels):
     """Write panels (x label, y label, {name: (line or dots, points)}) side by side, as SVG."""
     parts = ['<rect width="100%" height="100%" fill="white"/>']
+    colours = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a8a8a", "#b8860b"  # colour-blind safe
     for number, (x_label, y_label, series) in enumerate(panels):
         parts.append(f'<g transform="translate({420 * number + 60})">')  # 320 x 280, from (0, 30)
         xs, ys = map(ticks, zip(*(pair for _, pairs in series.values() for pair in pairs)))
@@ -365,7 +363,7 @@ def plot(path, panels):
             parts.append(f'<text x="-6" y="{at_y(y) + 4:.1f}" text-anchor="end">{y:.6g}</text>')
         parts.append(f'<text y="20">{y_label}</text><text x="90" y="350">{x_label}</text>')
         for i, (name, (style, pairs)) in enumerate(series.items()):
-            colour = COLOURS[i % len(COLOURS)]
+            colour = colours[i % len(colours)]
             if style == "line":
                 line = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in pairs)
                 parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}"/>')

@@ -461,11 +461,14 @@ def save(path, settings, **content):
         if path.suffix == ".pt":
             return
     temporary = path.with_name(f"{path.name}.{token_hex(8)}.tmp")
-    with open(temporary, "wb") as file:  # given a path, torch.save would store its name
-        torch.save({"settings": settings, **content}, file)
-        file.flush()
-        os.fsync(file.fileno())  # else a power cut after the renaming could leave an empty file
-    temporary.replace(path)
+    try:
+        with open(temporary, "wb") as file:  # given a path, torch.save would store its name
+            torch.save({"settings": settings, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut after the renaming could leave an empty file
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # if it was stopped before
 
 
 def load(path, settings, sources=True):

@@ -473,7 +473,7 @@ def save(path, settings, **content):
 
 def load(path, settings, sources=True):
     """What save() wrote. Its settings are all flags, and the checksums of all files, that led to
-    it; exits if a flag differs from `settings`, or a checksum from the folder's file."""
+    it; exits if a flag differs from `settings`, or (sources) a checksum from the folder's."""
     content, expected = torch.load(path, map_location="cpu", weights_only=True), {**settings}
     for source in path.parent.glob("*.pt") if sources else ():
         if source.name in content["settings"]:
